@@ -1,0 +1,1 @@
+"""Blixard runs jobs in isolated sandboxes from a durable queue."""

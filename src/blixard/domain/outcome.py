@@ -1,0 +1,48 @@
+"""How one attempt of a job ended."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class OutcomeKind(enum.StrEnum):
+    COMPLETED = "completed"
+    FAILED = "failed"
+    """The job's own failure: an exception, a non-zero exit code, a signal, a limit it ran into. Costs a retry."""
+    TIMED_OUT = "timed_out"
+    """Ran longer than its timeout. Costs a retry."""
+    CANCELLED = "cancelled"
+    LOST = "lost"
+    """The worker or the sandbox broke under it; not the job's fault. Costs one of ``max_lost``."""
+    RELEASED = "released"
+    """Given back before it started; costs nothing."""
+
+
+class AttemptError(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why an attempt ended badly. ``type`` is a class name (``ValueError``) or one of ours (``MemoryLimit``, ``WorkerLost``, …)."""
+
+    type: str
+    message: str
+    traceback: str | None = None
+    hint: str | None = None
+    retryable: bool = True
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a backend reports of one finished attempt. Times are microseconds since 1970.
+
+    ``result`` is the value as JSON, at most 64 KiB; a larger one is the blob ``result_blob``.
+    ``exit_code`` is 128+n after signal n.
+    """
+
+    kind: OutcomeKind
+    started_at: int | None = None
+    finished_at: int | None = None
+    exit_code: int | None = None
+    result: msgspec.Raw | None = None
+    result_blob: str | None = None
+    error: AttemptError | None = None
+    output_bytes: int = 0
+    output_truncated: bool = False

@@ -23,11 +23,12 @@ BlixardError
 │   └── LeaseLost               the attempt belongs to somebody else now
 ├── Unavailable                 try again later; nothing is known to be wrong with the request
 │   ├── StoreUnavailable        the database cannot be opened, read or written
-│   │   └── StoreFull           the disk is full
+│   │   │   └── StoreFull           the disk is full
 │   ├── ServerUnreachable       no answer from the server
 │   ├── OutcomeUnknown          the write may or may not have happened; repeat it with the same id
 │   └── WaitTimedOut            the caller stopped waiting; the job goes on
 └── InternalError               our own bug
+    └── ConstraintFailed        the database refused a row that should not have been written
 """
 
 from __future__ import annotations
@@ -250,3 +251,9 @@ class InternalError(BlixardError):
     """A bug in Blixard. Please report it with the request id."""
 
     code = "internal_error"
+
+
+class ConstraintFailed(InternalError):
+    """A CHECK, UNIQUE or NOT NULL constraint refused the statement; nothing was changed."""
+
+    code = "constraint_failed"

@@ -42,13 +42,16 @@ class SyncRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     ``number`` rises by one with every new request of the session; repeating the same number repeats the answer and does
     nothing twice. ``holding`` lists every lease the worker knows of (None: no change but those reported here, allowed
-    for at most a third of the lease time); what the store holds for the session and the worker does not list is lost.
+    for at most a third of the lease time); what the store holds for the session and the worker does not list is lost,
+    but for what was claimed by syncs with numbers above ``seen``, the highest number up to which the worker has read
+    every answer: with a parked sync and its superseder both under way, the list cannot know the former's claims.
     ``want`` jobs at most are claimed, of sizes up to ``free_cpus`` and ``free_memory_mb``. With nothing to say the call
     is parked for up to ``wait`` seconds, at most a third of the lease time.
     """
 
     session: str
     number: int
+    seen: int = 0
     finished: list[FinishedAttempt] = []
     started: list[StartedAttempt] = []
     holding: list[AttemptRef] | None = None

@@ -225,3 +225,10 @@ class CancelReply(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     state: JobState
+
+
+class BatchCancelReply(msgspec.Struct, frozen=True, kw_only=True):
+    """``cancelled``: how many jobs the call cancelled, or will when their workers hear of it."""
+
+    id: str
+    cancelled: int

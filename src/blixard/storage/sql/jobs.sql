@@ -1,0 +1,157 @@
+-- name: add_jobs
+-- Submit jobs of one spec: [[id, priority, run_at, arguments, arguments_blob, inputs, batch_index], …]. Ids that exist are left alone and not returned.
+INSERT INTO jobs (
+    namespace, id, spec_id, class_id, state, is_ready, priority, run_at, max_retries, max_lost,
+    arguments, arguments_blob, inputs, batch, batch_index, created_at, updated_at
+)
+SELECT
+    :namespace, value ->> 0, :spec_id, :class_id, 'pending', (value ->> 2) <= :now, value ->> 1, value ->> 2, :max_retries, :max_lost,
+    value -> 3, value ->> 4, value ->> 5, :batch, value ->> 6, :now, :now
+FROM json_each(:jobs) WHERE true
+ON CONFLICT (namespace, id) DO NOTHING
+RETURNING id;
+
+-- name: find_identities
+-- What tells a repeated submission from a different job with the same id.
+SELECT jobs.id, specs.digest, jobs.arguments, jobs.arguments_blob, jobs.inputs
+FROM json_each(:ids) AS wanted
+JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value
+JOIN specs ON specs.id = jobs.spec_id;
+
+-- name: find_job
+-- One job with its spec, by primary key.
+SELECT
+    jobs.id, jobs.namespace, specs.body, jobs.state, jobs.priority, jobs.created_at, jobs.updated_at, jobs.run_at,
+    jobs.started_at, jobs.finished_at, jobs.attempt, jobs.failures, jobs.lost, jobs.cancel_requested_at,
+    jobs.arguments, jobs.arguments_blob, jobs.inputs, jobs.batch, jobs.batch_index,
+    jobs.session, jobs.worker, jobs.claimed_at, jobs.result, jobs.result_blob, jobs.exit_code, jobs.error, jobs.outcome
+FROM jobs JOIN specs ON specs.id = jobs.spec_id
+WHERE jobs.namespace = :namespace AND jobs.id = :id;
+
+-- name: find_jobs
+-- The same columns for several ids, each by primary key.
+SELECT
+    jobs.id, jobs.namespace, specs.body, jobs.state, jobs.priority, jobs.created_at, jobs.updated_at, jobs.run_at,
+    jobs.started_at, jobs.finished_at, jobs.attempt, jobs.failures, jobs.lost, jobs.cancel_requested_at,
+    jobs.arguments, jobs.arguments_blob, jobs.inputs, jobs.batch, jobs.batch_index,
+    jobs.session, jobs.worker, jobs.claimed_at, jobs.result, jobs.result_blob, jobs.exit_code, jobs.error, jobs.outcome
+FROM json_each(:ids) AS wanted
+JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value
+JOIN specs ON specs.id = jobs.spec_id
+ORDER BY wanted.key;
+
+-- name: find_results
+-- How some jobs ended, for those who wait: state first, nothing heavy for those that run.
+SELECT
+    jobs.id, jobs.state, jobs.outcome, jobs.exit_code, jobs.result, jobs.result_blob, jobs.error, jobs.attempt, jobs.batch_index
+FROM json_each(:ids) AS wanted
+JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value;
+
+-- name: list_ids
+-- Ids below the cursor, newest first: straight down the primary key.
+SELECT id FROM jobs
+WHERE namespace = :namespace AND id < :cursor AND created_at >= :since AND created_at < :until
+ORDER BY id DESC LIMIT :limit;
+
+-- name: list_ids_by_state
+-- The same for states without a lease, one seek per state.
+SELECT id FROM (
+    SELECT picked.value AS id
+    FROM json_each(:states) AS wanted, json_each((
+        SELECT json_group_array(id) FROM (
+            SELECT id FROM jobs
+            WHERE namespace = :namespace AND state = wanted.value AND state NOT IN ('claimed', 'in_progress')
+                AND id < :cursor AND created_at >= :since AND created_at < :until
+            ORDER BY id DESC LIMIT :limit
+        )
+    )) AS picked
+    UNION ALL
+    SELECT id FROM jobs
+    WHERE state IN ('claimed', 'in_progress') AND session IN (SELECT id FROM sessions WHERE state IN ('online', 'draining', 'dead'))
+        AND state IN (SELECT value FROM json_each(:states)) AND namespace = :namespace
+        AND id < :cursor AND created_at >= :since AND created_at < :until
+)
+ORDER BY id DESC LIMIT :limit;
+
+-- name: list_ids_by_spec
+-- The same for jobs of some specs (found by name or tag), one seek per spec.
+SELECT picked.value AS id
+FROM json_each(:specs) AS spec, json_each((
+    SELECT json_group_array(id) FROM (
+        SELECT id FROM jobs
+        WHERE spec_id = spec.value AND id < :cursor AND namespace = :namespace AND created_at >= :since AND created_at < :until
+            AND (:any_state OR state IN (SELECT value FROM json_each(:states)))
+        ORDER BY id DESC LIMIT :limit
+    )
+)) AS picked
+ORDER BY id DESC LIMIT :limit;
+
+-- name: list_ids_of_batch
+-- The same within a batch, whose ids share a prefix.
+SELECT id FROM jobs
+WHERE namespace = :namespace AND id >= :batch || '.' AND id < :batch || '/' AND id < :cursor
+    AND created_at >= :since AND created_at < :until
+    AND (:any_state OR state IN (SELECT value FROM json_each(:states)))
+ORDER BY id DESC LIMIT :limit;
+
+-- name: find_spec_ids
+-- Specs by name, queue and tag, any of them left open by NULL.
+SELECT specs.id FROM specs
+WHERE specs.namespace = :namespace
+    AND (:name IS NULL OR specs.name = :name)
+    AND (:queue IS NULL OR specs.class_id IN (SELECT id FROM placement_classes WHERE namespace = :namespace AND queue = :queue))
+    AND (:tag IS NULL OR specs.id IN (SELECT spec_id FROM spec_tags WHERE namespace = :namespace AND tag = :tag));
+
+-- name: count_jobs
+-- Jobs by queue and state, from the counters.
+SELECT c.queue, n.state, sum(n.n)
+FROM class_counts AS n JOIN placement_classes AS c ON c.id = n.class_id
+WHERE c.namespace = :namespace AND n.n > 0
+GROUP BY c.queue, n.state;
+
+-- name: list_attempts
+-- Ended attempts of one job.
+SELECT attempt, session, worker, claimed_at, started_at, finished_at, outcome, exit_code, error
+FROM attempts WHERE namespace = :namespace AND job_id = :id ORDER BY attempt;
+
+-- name: list_events
+-- The last events of one job, in order.
+SELECT seq, job_id, type, attempt, at, batch, worker FROM (
+    SELECT seq, job_id, type, attempt, at, batch, worker
+    FROM events WHERE namespace = :namespace AND job_id = :id ORDER BY seq DESC LIMIT :limit
+) ORDER BY seq;
+
+-- name: cancel_jobs
+-- Cancel: at once what has no lease, by request to the worker what has one. Ended jobs are left alone and not returned.
+UPDATE jobs SET
+    state = CASE WHEN state IN ('blocked', 'pending') THEN 'cancelled' ELSE state END,
+    finished_at = CASE WHEN state IN ('blocked', 'pending') THEN :now END,
+    outcome = CASE WHEN state IN ('blocked', 'pending') THEN 'cancelled' ELSE outcome END,
+    is_ready = 0,
+    cancel_requested_at = coalesce(cancel_requested_at, :now),
+    updated_at = :now
+WHERE namespace = :namespace AND id IN (SELECT value FROM json_each(:ids))
+    AND state NOT IN ('completed', 'failed', 'cancelled')
+RETURNING id, state, session, batch;
+
+-- name: retry_jobs
+-- Reopen failed and cancelled jobs with their counters set back. Others are left alone and not returned.
+UPDATE jobs SET
+    state = 'pending', is_ready = 1, run_at = :now, failures = 0, lost = 0, finished_at = NULL, started_at = NULL,
+    cancel_requested_at = NULL, outcome = NULL, exit_code = NULL, error = NULL, result = NULL, result_blob = NULL,
+    session = NULL, worker = NULL, claimed_at = NULL, claim_number = NULL, updated_at = :now
+WHERE namespace = :namespace AND id IN (SELECT value FROM json_each(:ids)) AND state IN ('failed', 'cancelled')
+RETURNING id, class_id;
+
+-- name: position_in_class
+-- How many due jobs of its class a worker would take before this one (counted up to :limit).
+SELECT count(*) FROM (
+    SELECT 1 FROM jobs AS other
+    WHERE other.class_id = :class_id AND other.is_ready = 1
+        AND (other.priority > :priority OR (other.priority = :priority AND (other.run_at, other.id) < (:run_at, :id)))
+    LIMIT :limit
+);
+
+-- name: find_class_of_job
+-- The placement class of one job and whether it is due.
+SELECT class_id, is_ready FROM jobs WHERE namespace = :namespace AND id = :id;

@@ -13,10 +13,14 @@ Row = tuple[Value, ...]
 
 
 class Statement(msgspec.Struct, frozen=True):
-    """One named statement of a ``.sql`` file, or of a migration. ``name`` is for errors and metrics; ``sql`` takes ``:name`` parameters."""
+    """One named statement of a ``.sql`` file, or of a migration. ``name`` is for errors and metrics; ``sql`` takes ``:name`` parameters.
+
+    ``quick``: a read that touches a handful of pages, so that a store may run it without leaving the event loop's thread.
+    """
 
     name: str
     sql: str
+    quick: bool = False
 
 
 class Database(Protocol):

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from blixard.config.kinds import Kind, Text
-from blixard.config.settings import Settings
+from blixard.config.settings import Settings, default_data_dir
 
 PREFIX = "BLIXARD_"
 SHORT_FORMS: Mapping[str, str] = {"BLIXARD_SERVER": "server.url", "BLIXARD_TOKEN": "server.token"}
@@ -29,13 +29,14 @@ MASK = "********"
 
 @dataclasses.dataclass(frozen=True)
 class SettingKey:
-    """One setting. ``default`` is None where the machine decides it (``storage.data_dir``)."""
+    """One setting. ``default`` is None where the machine decides it (``default_by_machine``)."""
 
     section: str
     name: str
     kind: Kind[object]
     default: object
     description: str
+    default_by_machine: bool = False
 
     @property
     def key(self) -> str:
@@ -74,6 +75,6 @@ def sections() -> Mapping[str, type[BaseModel]]:
 
 def _setting_key(section: str, name: str, field: FieldInfo) -> SettingKey:
     kind = next(item for item in field.metadata if isinstance(item, Kind))
-    machine_decides = (section, name) == ("storage", "data_dir")
-    default = None if machine_decides else field.get_default(call_default_factory=True, validated_data={})
-    return SettingKey(section, name, kind, default, field.description or "")
+    by_machine = field.default_factory is default_data_dir
+    default = None if by_machine else field.get_default(call_default_factory=True, validated_data={})
+    return SettingKey(section, name, kind, default, field.description or "", by_machine)

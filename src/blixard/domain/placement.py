@@ -36,7 +36,7 @@ def size_steps(spec: JobSpec) -> tuple[float, int]:
     return cpus, memory
 
 
-def class_key(namespace: str, spec: JobSpec, submitter: str) -> dict[str, object]:
+def class_key(namespace: str, spec: JobSpec, submitter: str) -> dict[str, str | int | float]:
     """Return the columns that identify the placement class of a spec; labels as canonical JSON."""
     cpus, memory = size_steps(spec)
     requirements = spec.requirements

@@ -1,8 +1,9 @@
 -- phase: before
 -- Jobs, their specs, placement classes, leases and history. Times are microseconds since 1970; JSON columns are TEXT.
 
+-- Ids of classes and specs are never given twice: they are remembered outside the store.
 CREATE TABLE placement_classes (
-    id          INTEGER PRIMARY KEY,
+    id          INTEGER PRIMARY KEY AUTOINCREMENT,
     namespace   TEXT    NOT NULL,
     queue       TEXT    NOT NULL,
     worker_type TEXT    NOT NULL CHECK (worker_type IN ('process', 'wasm', 'microvm')),
@@ -20,7 +21,7 @@ CREATE TABLE placement_classes (
 CREATE INDEX placement_classes_closed ON placement_classes (submitter) WHERE is_open = 0;
 
 CREATE TABLE specs (
-    id          INTEGER PRIMARY KEY,
+    id          INTEGER PRIMARY KEY AUTOINCREMENT,
     namespace   TEXT    NOT NULL,
     digest      TEXT    NOT NULL,
     class_id    INTEGER NOT NULL REFERENCES placement_classes (id),
@@ -234,6 +235,34 @@ CREATE TABLE batches (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX batches_by_name ON batches (namespace, name, created_at);
+
+-- Jobs of a batch by state, kept by triggers, so that progress costs nothing to ask for.
+CREATE TABLE batch_counts (
+    namespace TEXT    NOT NULL,
+    batch     TEXT    NOT NULL,
+    state     TEXT    NOT NULL,
+    n         INTEGER NOT NULL CHECK (n >= 0),
+    PRIMARY KEY (namespace, batch, state)
+) STRICT, WITHOUT ROWID;
+
+CREATE TRIGGER jobs_batch_submitted AFTER INSERT ON jobs WHEN NEW.batch IS NOT NULL BEGIN
+    INSERT INTO batch_counts (namespace, batch, state, n) VALUES (NEW.namespace, NEW.batch, NEW.state, 1)
+    ON CONFLICT (namespace, batch, state) DO UPDATE SET n = n + 1;
+END;
+
+CREATE TRIGGER jobs_batch_changed AFTER UPDATE OF state ON jobs WHEN NEW.batch IS NOT NULL AND OLD.state <> NEW.state BEGIN
+    UPDATE batch_counts SET n = n - 1 WHERE namespace = OLD.namespace AND batch = OLD.batch AND state = OLD.state;
+    INSERT INTO batch_counts (namespace, batch, state, n) VALUES (NEW.namespace, NEW.batch, NEW.state, 1)
+    ON CONFLICT (namespace, batch, state) DO UPDATE SET n = n + 1;
+END;
+
+CREATE TRIGGER jobs_batch_removed AFTER DELETE ON jobs WHEN OLD.batch IS NOT NULL BEGIN
+    UPDATE batch_counts SET n = n - 1 WHERE namespace = OLD.namespace AND batch = OLD.batch AND state = OLD.state;
+END;
+
+CREATE TRIGGER batches_removed AFTER DELETE ON batches BEGIN
+    DELETE FROM batch_counts WHERE namespace = OLD.namespace AND batch = OLD.id;
+END;
 
 CREATE TABLE sessions (
     id            TEXT    PRIMARY KEY,

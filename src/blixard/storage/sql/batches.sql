@@ -7,6 +7,7 @@ RETURNING id;
 
 -- name: find_batch
 -- One batch.
+-- quick
 SELECT id, namespace, name, identity, generation, total, created_at FROM batches WHERE namespace = :namespace AND id = :id;
 
 -- name: find_newest_batch
@@ -20,9 +21,15 @@ SELECT id, namespace, name, identity, generation, total, created_at FROM batches
 WHERE namespace = :namespace AND name = :name AND identity <> :identity ORDER BY created_at DESC LIMIT 1;
 
 -- name: count_batch
--- Jobs of a batch by state: one walk over its range of ids.
-SELECT state, count(*) FROM jobs
-WHERE namespace = :namespace AND id >= :batch || '.' AND id < :batch || '/' GROUP BY state;
+-- Jobs of a batch by state, from the counters.
+-- quick
+SELECT state, n FROM batch_counts WHERE namespace = :namespace AND batch = :batch AND n > 0;
+
+-- name: last_batch_index
+-- The highest index that was submitted.
+-- quick
+SELECT batch_index FROM jobs
+WHERE namespace = :namespace AND id >= :batch || '.' AND id < :batch || '/' ORDER BY id DESC LIMIT 1;
 
 -- name: list_batch_ids
 -- Ids of a batch in some states, in order, behind a cursor.

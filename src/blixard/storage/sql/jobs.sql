@@ -15,11 +15,12 @@ RETURNING id;
 -- What tells a repeated submission from a different job with the same id.
 SELECT jobs.id, specs.digest, jobs.arguments, jobs.arguments_blob, jobs.inputs
 FROM json_each(:ids) AS wanted
-JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value
+CROSS JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value
 JOIN specs ON specs.id = jobs.spec_id;
 
 -- name: find_job
 -- One job with its spec, by primary key.
+-- quick
 SELECT
     jobs.id, jobs.namespace, specs.body, jobs.state, jobs.priority, jobs.created_at, jobs.updated_at, jobs.run_at,
     jobs.started_at, jobs.finished_at, jobs.attempt, jobs.failures, jobs.lost, jobs.cancel_requested_at,
@@ -36,16 +37,17 @@ SELECT
     jobs.arguments, jobs.arguments_blob, jobs.inputs, jobs.batch, jobs.batch_index,
     jobs.session, jobs.worker, jobs.claimed_at, jobs.result, jobs.result_blob, jobs.exit_code, jobs.error, jobs.outcome
 FROM json_each(:ids) AS wanted
-JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value
+CROSS JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value
 JOIN specs ON specs.id = jobs.spec_id
 ORDER BY wanted.key;
 
 -- name: find_results
 -- How some jobs ended, for those who wait: state first, nothing heavy for those that run.
+-- quick
 SELECT
     jobs.id, jobs.state, jobs.outcome, jobs.exit_code, jobs.result, jobs.result_blob, jobs.error, jobs.attempt, jobs.batch_index
 FROM json_each(:ids) AS wanted
-JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value;
+CROSS JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value;
 
 -- name: list_ids
 -- Ids below the cursor, newest first: straight down the primary key.
@@ -59,14 +61,14 @@ SELECT id FROM (
     SELECT picked.value AS id
     FROM json_each(:states) AS wanted, json_each((
         SELECT json_group_array(id) FROM (
-            SELECT id FROM jobs
+            SELECT id FROM jobs INDEXED BY jobs_by_state
             WHERE namespace = :namespace AND state = wanted.value AND state NOT IN ('claimed', 'in_progress')
                 AND id < :cursor AND created_at >= :since AND created_at < :until
             ORDER BY id DESC LIMIT :limit
         )
     )) AS picked
     UNION ALL
-    SELECT id FROM jobs
+    SELECT id FROM jobs INDEXED BY jobs_leased
     WHERE state IN ('claimed', 'in_progress') AND session IN (SELECT id FROM sessions WHERE state IN ('online', 'draining', 'dead'))
         AND state IN (SELECT value FROM json_each(:states)) AND namespace = :namespace
         AND id < :cursor AND created_at >= :since AND created_at < :until
@@ -78,7 +80,7 @@ ORDER BY id DESC LIMIT :limit;
 SELECT picked.value AS id
 FROM json_each(:specs) AS spec, json_each((
     SELECT json_group_array(id) FROM (
-        SELECT id FROM jobs
+        SELECT id FROM jobs INDEXED BY jobs_by_spec
         WHERE spec_id = spec.value AND id < :cursor AND namespace = :namespace AND created_at >= :since AND created_at < :until
             AND (:any_state OR state IN (SELECT value FROM json_each(:states)))
         ORDER BY id DESC LIMIT :limit
@@ -154,4 +156,5 @@ SELECT count(*) FROM (
 
 -- name: find_class_of_job
 -- The placement class of one job and whether it is due.
+-- quick
 SELECT class_id, is_ready FROM jobs WHERE namespace = :namespace AND id = :id;

@@ -31,6 +31,7 @@ RETURNING namespace, id, attempt, spec_id, arguments, arguments_blob, inputs, pr
 
 -- name: find_claimed
 -- What a sync with this number claimed and still holds: the answer to its repetition.
+-- quick
 SELECT namespace, id, attempt, spec_id, arguments, arguments_blob, inputs, priority, run_at
 FROM jobs WHERE session = :session AND claim_number = :number AND state IN ('claimed', 'in_progress');
 
@@ -89,18 +90,19 @@ RETURNING id, attempt, state, class_id, batch;
 -- Of reported attempts [[namespace, id, attempt], …]: those that this session has already ended, so the report was a repetition.
 SELECT a.namespace, a.job_id, a.attempt
 FROM json_each(:reports) AS r
-JOIN attempts AS a ON a.namespace = r.value ->> 0 AND a.job_id = r.value ->> 1 AND a.attempt = r.value ->> 2
+CROSS JOIN attempts AS a ON a.namespace = r.value ->> 0 AND a.job_id = r.value ->> 1 AND a.attempt = r.value ->> 2
 WHERE a.session = :session;
 
 -- name: find_retry_facts
 -- What decides about the delay before the next attempt.
 SELECT jobs.namespace, jobs.id, jobs.failures, specs.body ->> '$.retry'
 FROM json_each(:ids) AS r
-JOIN jobs ON jobs.namespace = r.value ->> 0 AND jobs.id = r.value ->> 1
+CROSS JOIN jobs ON jobs.namespace = r.value ->> 0 AND jobs.id = r.value ->> 1
 JOIN specs ON specs.id = jobs.spec_id;
 
 -- name: list_cancelled
 -- Leases of a session whose end was asked for.
+-- quick
 SELECT namespace, id, attempt FROM jobs
 WHERE session = :session AND cancel_requested_at IS NOT NULL AND state IN ('claimed', 'in_progress');
 

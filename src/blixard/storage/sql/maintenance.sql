@@ -8,6 +8,7 @@ RETURNING class_id;
 
 -- name: next_run_at
 -- When the next job falls due.
+-- quick
 SELECT min(run_at) FROM jobs WHERE state = 'pending' AND is_ready = 0;
 
 -- name: delete_finished_jobs
@@ -26,13 +27,15 @@ DELETE FROM events WHERE seq IN (
 ) AND at < :before
 RETURNING seq;
 
+-- name: end_of_spec_stretch
+-- The last id of the next :limit specs behind :after; NULL behind the last one.
+SELECT max(id) FROM (SELECT id FROM specs WHERE id > :after ORDER BY id LIMIT :limit);
+
 -- name: delete_unused_specs
--- Remove specs without jobs, a bounded stretch of ids at a time.
-DELETE FROM specs WHERE id IN (
-    SELECT s.id FROM specs AS s
-    WHERE s.created_at < :before AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.spec_id = s.id)
-    ORDER BY s.id LIMIT :limit
-)
+-- Remove old specs without jobs within one stretch of ids.
+DELETE FROM specs
+WHERE id > :after AND id <= :last AND created_at < :before
+    AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.spec_id = specs.id)
 RETURNING id;
 
 -- name: delete_ended_sessions

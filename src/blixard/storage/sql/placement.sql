@@ -2,22 +2,24 @@
 -- Store a placement class once; the id comes back whether it is new or not.
 INSERT INTO placement_classes (namespace, queue, worker_type, isolation, labels, cpus, memory_mb, submitter, is_open, created_at)
 VALUES (:namespace, :queue, :worker_type, :isolation, :labels, :cpus, :memory_mb, :submitter, :submitter = '', :now)
-ON CONFLICT (namespace, queue, worker_type, isolation, labels, cpus, memory_mb, submitter) DO UPDATE SET queue = excluded.queue
+ON CONFLICT (namespace, queue, worker_type, isolation, labels, cpus, memory_mb, submitter) DO UPDATE SET created_at = excluded.created_at
 RETURNING id;
 
 -- name: add_spec
--- Store a spec once per placement class; the id comes back whether it is new or not.
+-- Store a spec once per placement class; the id comes back whether it is new or not. Using it makes it young, so the pruner leaves it.
 INSERT INTO specs (namespace, digest, class_id, name, body, created_at)
 VALUES (:namespace, :digest, :class_id, :name, :body, :now)
-ON CONFLICT (namespace, digest, class_id) DO UPDATE SET name = excluded.name
+ON CONFLICT (namespace, digest, class_id) DO UPDATE SET created_at = excluded.created_at
 RETURNING id;
 
 -- name: find_specs
 -- Specs by id.
+-- quick
 SELECT id, body FROM specs WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- name: list_classes
 -- Placement classes above an id: new ones only ever get higher ids.
+-- quick
 SELECT id, namespace, queue, worker_type, isolation, labels, cpus, memory_mb, submitter, is_open
 FROM placement_classes WHERE id > :after ORDER BY id;
 
@@ -38,6 +40,7 @@ RETURNING id;
 
 -- name: has_ready_job
 -- Is anything due in one of these classes? One seek per class.
+-- quick
 SELECT EXISTS (
     SELECT 1 FROM json_each(:classes) AS c
     WHERE EXISTS (SELECT 1 FROM jobs WHERE class_id = c.value AND is_ready = 1)

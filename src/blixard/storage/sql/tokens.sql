@@ -6,6 +6,7 @@ RETURNING id;
 
 -- name: find_token_by_hash
 -- The token of a presented secret.
+-- quick
 SELECT id, namespace, name, hash, scopes, created_at, expires_at, revoked_at, last_used_at FROM tokens WHERE hash = :hash;
 
 -- name: list_tokens

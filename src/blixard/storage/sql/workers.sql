@@ -7,6 +7,7 @@ RETURNING id;
 
 -- name: find_session
 -- One session.
+-- quick
 SELECT id, namespace, name, offer, state, host, pid, interpreter, registered_at, seen_at, renewals, last_number
 FROM sessions WHERE id = :id;
 

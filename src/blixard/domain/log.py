@@ -1,0 +1,13 @@
+"""What a job wrote: one piece of its output, as it is kept and as it travels."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class LogRecord(msgspec.Struct, frozen=True, array_like=True):
+    """``at`` in microseconds since 1970, ``stream`` ``stdout`` or ``stderr``; ``data`` travels as bytes (MessagePack) or base64 (JSON)."""
+
+    at: int
+    stream: str
+    data: bytes

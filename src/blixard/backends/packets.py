@@ -1,0 +1,91 @@
+"""Packets over SEQPACKET sockets, with file descriptors; a large one travels as a memory file. Shared by both ends of every socket."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+
+MAX_INLINE_BYTES = 64 * 1024
+"""A larger packet would not fit into a socket's buffer beside others; it goes as a memory file."""
+MAX_DESCRIPTORS = 8
+_IN_MEMORY = b"M"
+_ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
+
+
+def packet_pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send_packet(sock: socket.socket, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
+    """Send one packet, whole or not at all. Raises ``BlockingIOError`` when a non-blocking socket has no room.
+
+    The receiver gets copies of the descriptors; the caller's stay open.
+    """
+    if not descriptors and len(data) <= MAX_INLINE_BYTES:
+        sock.send(data)
+        return
+    if len(data) <= MAX_INLINE_BYTES:
+        socket.send_fds(sock, [data], descriptors)
+        return
+    memory = _memory_file(data)
+    try:
+        socket.send_fds(sock, [_IN_MEMORY], [memory, *descriptors])
+    finally:
+        os.close(memory)
+
+
+class PacketReader:
+    """Receives packets; owns one buffer for all of them."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._buffer = bytearray(MAX_INLINE_BYTES + 4096)
+        self._view = memoryview(self._buffer)
+        self._buffers = [self._buffer]
+
+    def receive(self) -> tuple[memoryview | bytes, list[int]] | None:
+        """Return the next packet and its descriptors, which the caller must close; None at the end.
+
+        The packet is valid until the next call. Raises ``BlockingIOError`` when a non-blocking socket has nothing.
+        """
+        try:
+            size, ancillary, _, _ = self._socket.recvmsg_into(self._buffers, _ANCILLARY, _RECEIVE_FLAGS)
+        except ConnectionError:
+            return None
+        if not ancillary:
+            return (self._view[:size], []) if size else None
+        descriptors = _descriptors(ancillary)
+        if self._view[:size] != _IN_MEMORY:
+            return self._view[:size], descriptors
+        return _content(descriptors.pop(0)), descriptors
+
+
+def _memory_file(data: bytes) -> int:
+    memory = os.memfd_create("blixard-packet", os.MFD_CLOEXEC)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(memory, view) :]
+    return memory
+
+
+def _content(memory: int) -> bytes:
+    try:
+        size = os.fstat(memory).st_size
+        parts = []
+        while size > sum(map(len, parts)):
+            parts.append(os.pread(memory, size, sum(map(len, parts))))
+        return b"".join(parts)
+    finally:
+        os.close(memory)
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    found: list[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers = array.array("i")
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+            found.extend(numbers)
+    return found

@@ -1,0 +1,84 @@
+"""What the kernel must be told so that no process survives its owner. Linux only."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/prctl.2.html
+PR_SET_CHILD_SUBREAPER = 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def die_with_parent(parent: int, number: signal.Signals) -> None:
+    """Have the kernel send ``number`` when the parent ends. If ``parent`` has ended already, end now."""
+    _prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant that loses its own, so that none gets out of sight."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the children of a process, empty if it is gone."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
+                found.extend(map(int, file.read().split()))
+    except FileNotFoundError:
+        if not Path("/proc/self/task", str(os.getpid()), "children").exists():
+            return _children_by_scan(pid)  # a kernel without CONFIG_PROC_CHILDREN
+    except ProcessLookupError:
+        pass
+    return found
+
+
+def _children_by_scan(pid: int) -> list[int]:
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", encoding="latin-1") as file:
+                if int(file.read().rpartition(")")[2].split()[1]) == pid:
+                    found.append(int(name))
+    return found
+
+
+def descendants_of(pid: int) -> list[int]:
+    """Return every descendant, parents before children."""
+    found: list[int] = []
+    waiting = children_of(pid)
+    while waiting:
+        found.extend(waiting)
+        waiting = [child for parent in waiting for child in children_of(parent)]
+    return found
+
+
+def kill_descendants() -> None:
+    """End every descendant of this process, which must adopt orphans, and reap it. Returns when none is left.
+
+    Whoever is not caught in one round (forked meanwhile) is an orphan by the next, and so a child of this process.
+    """
+    while True:
+        for pid in descendants_of(os.getpid()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return

@@ -1,0 +1,231 @@
+"""Turns a process freshly forked from the zygote into a sandboxed job. See DESIGN.md for the order of the steps and why.
+
+zygote ── supervisor (host's namespaces, holds the session's lock)
+            └── init (pid 1: builds the root, reaps)
+                  └── job (pid 2: the runner, or a command)
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterable
+from types import FrameType
+
+from blixard.backends.sandbox import kernel, seccomp
+from blixard.backends.sandbox.identity import OwnerMaps, become, enter_user_namespace, write_file
+from blixard.backends.sandbox.plan import HOST_NAME, Limits, SandboxPlan
+from blixard.backends.sandbox.root import RootBuilder
+
+KILL_NOW = signal.SIGQUIT
+"""To the supervisor: kill everything in the sandbox, wait until it is gone, then end. It gets it too when its parent dies."""
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""To the supervisor: pass it on to the job's process group."""
+FIRST_KILLED = "500"
+"""oom_score_adj of a job: when the host runs short of memory, jobs end before workers."""
+_OWN_NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWCGROUP
+_ALIVE, _ENDED, _FAILED = b".", b"=", b"!"
+_MAX_REPORT = 4096
+HIGHEST_DESCRIPTOR = 2**31 - 1
+_PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+class SandboxFailed(Exception):
+    """The sandbox could not be built; nothing of the job has run."""
+
+
+def enter(
+    plan: SandboxPlan, *, keep: Iterable[int] = (), hold: Iterable[int] = (), maps: OwnerMaps | None = None
+) -> None:
+    """Go on in the sandbox; call it in a process freshly forked from a single-threaded one.
+
+    Returns in a new process, the job: pid 2 of its own namespaces, in ``/work``, with no capability, filtered system calls
+    and no descriptor but 0 to 2 and ``keep``. The calling process stays outside as its supervisor with ``hold`` open; it
+    never returns but ends as the job ends (same exit code, same signal) once every process of the sandbox is gone.
+    Raises ``SandboxFailed`` in the calling process if the sandbox cannot be built. ``maps`` is for root only.
+    """
+    reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    supervisor = os.getpid()
+    try:
+        _stand_apart()
+        if not kernel.has_capability(kernel.CAP_SYS_ADMIN):
+            enter_user_namespace(os.geteuid(), os.getegid())
+        kernel.unshare(kernel.CLONE_NEWPID)
+        init = os.fork()
+    except OSError as error:
+        raise SandboxFailed(str(error)) from error
+    if init:
+        writing.close()
+        _supervise(init, reading, {reading.fileno(), *hold})
+    reading.close()
+    _run_init(plan, writing, supervisor, {0, 1, 2, *keep}, maps)
+
+
+def _stand_apart() -> None:
+    """Signals to the zygote's group are not for us, and ours not for it; die (properly) with the zygote."""
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {KILL_NOW, *FORWARDED})
+    if os.getsid(0) != os.getpid():
+        os.setsid()
+    kernel.die_with_parent(KILL_NOW)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _supervise(init: int, reports: socket.socket, keep: set[int]) -> None:
+    """Wait for the end of the sandbox and end alike. Raises ``SandboxFailed`` if it never began."""
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        # The process is ours and not reaped yet, so its number cannot be another's.
+        os.kill(init, signal.SIGKILL if number == KILL_NOW else number)
+
+    for number in (KILL_NOW, *FORWARDED):
+        signal.signal(number, forward)
+    close_all_but({0, 1, 2, *keep})
+    _let_go_of_standard_streams()
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    while (report := reports.recv(_MAX_REPORT)) == _ALIVE:
+        pass
+    for number in (KILL_NOW, *FORWARDED):
+        signal.signal(number, signal.SIG_IGN)
+    os.waitpid(init, 0)
+    if report.startswith(_FAILED):
+        raise SandboxFailed(report[1:].decode(errors="replace"))
+    end_like(int(report[1:]) if report else signal.SIGKILL)
+
+
+def _let_go_of_standard_streams() -> None:
+    """Whoever reads the job's output must see its end when the job ends, not when we do."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
+def end_like(status: int) -> None:
+    """End this process with the same exit code, or by the same signal, as a wait status tells."""
+    if os.WIFEXITED(status):
+        os._exit(os.WEXITSTATUS(status))
+    number = os.WTERMSIG(status)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if number not in {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
+
+
+def _run_init(
+    plan: SandboxPlan, reports: socket.socket, supervisor: int, keep: set[int], maps: OwnerMaps | None
+) -> None:
+    """Build the sandbox as its pid 1 and fork the job, in which alone this returns."""
+    try:
+        _join_cgroups(plan.limits)
+        _build(plan, maps)
+        close_all_but({reports.fileno(), *keep})
+        _become_powerless(plan, reports)
+        job = os.fork()
+        if job == 0:
+            _become_job(plan)
+            reports.close()
+            return
+    except Exception as error:  # the edge of a job: whatever went wrong is reported to the supervisor
+        reports.send(_FAILED + f"{type(error).__name__}: {error}".encode()[: _MAX_REPORT - 1])
+        os._exit(1)
+    _reap(job, reports, plan.seccomp)
+
+
+def _join_cgroups(limits: Limits) -> None:
+    for directory in limits.cgroups:
+        write_file(f"{directory}/cgroup.procs", "0")
+    write_file("/proc/self/oom_score_adj", FIRST_KILLED)
+
+
+def _build(plan: SandboxPlan, maps: OwnerMaps | None) -> None:
+    kernel.unshare(_OWN_NAMESPACES | (0 if plan.network else kernel.CLONE_NEWNET))
+    builder = RootBuilder(maps)
+    builder.open(plan.limits.disk)
+    builder.add_system(plan.host_uid, plan.host_gid)
+    builder.add(plan)
+    builder.close()
+    socket.sethostname(HOST_NAME)
+    if not plan.network:
+        kernel.raise_loopback()
+    kernel.join_new_keyring()
+
+
+def _become_powerless(plan: SandboxPlan, reports: socket.socket) -> None:
+    become(plan.host_uid, plan.host_gid)
+    kernel.drop_capabilities()
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    # Changing the user forgot the wish to die with the supervisor; if it has died meanwhile, its end of the socket is closed.
+    kernel.die_with_parent(signal.SIGKILL)
+    reports.send(_ALIVE)
+
+
+def _become_job(plan: SandboxPlan) -> None:
+    os.setsid()
+    for number in FORWARDED:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(KILL_NOW, signal.SIG_DFL)
+    set_limits(plan.limits)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    seccomp.install(plan.seccomp)
+
+
+def set_limits(limits: Limits) -> None:
+    """Bound this process and its children. ``processes`` counts those of the sandbox, its init apart."""
+    bounds = [
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, limits.disk),
+        (resource.RLIMIT_NOFILE, limits.open_files),
+        (resource.RLIMIT_NPROC, limits.processes + 1),
+    ]
+    if limits.address_space is not None:
+        bounds.append((resource.RLIMIT_AS, limits.address_space + _mapped_bytes()))
+    for number, bound in bounds:
+        hard = resource.getrlimit(number)[1]
+        most = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
+        resource.setrlimit(number, (most, most))
+
+
+def _mapped_bytes() -> int:
+    """What the zygote has mapped already: the limit is for what the job adds."""
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize()
+
+
+def _reap(job: int, reports: socket.socket, program: bytes) -> None:
+    """Be init: pass signals on to the job's group, collect orphans, report how the job ended; then the kernel ends the rest."""
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        try:
+            os.killpg(job, number)
+        except ProcessLookupError:
+            os.kill(job, number)  # it has no group of its own yet
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    _let_go_of_standard_streams()
+    close_all_but({0, 1, 2, reports.fileno()})
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    seccomp.install(program)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    while True:
+        pid, status = os.wait()
+        if pid == job:
+            reports.send(_ENDED + str(status).encode())
+            os._exit(0)
+
+
+def close_all_but(keep: Iterable[int]) -> None:
+    """Close every descriptor of this process but these."""
+    start = 0
+    for descriptor in sorted(set(keep)):
+        if start < descriptor:
+            os.closerange(start, descriptor)
+        start = descriptor + 1
+    os.closerange(start, HIGHEST_DESCRIPTOR)

@@ -6,7 +6,7 @@ BlixardError
 │   │   └── LimitExceeded       a value is larger than a named limit
 │   ├── ConfigError             a setting is wrong; names its file or variable
 │   ├── NotFound                no such thing
-│   │   ├── JobNotFound, WorkerNotFound, BatchNotFound, BlobNotFound, TokenNotFound
+│   │   └── JobNotFound, WorkerNotFound, BatchNotFound, BlobNotFound, TokenNotFound
 │   ├── Conflict                the thing is not in a state that allows this
 │   │   ├── InvalidTransition   the job's state machine refuses
 │   │   └── IdTaken             the id belongs to a different job
@@ -23,7 +23,7 @@ BlixardError
 │   └── LeaseLost               the attempt belongs to somebody else now
 ├── Unavailable                 try again later; nothing is known to be wrong with the request
 │   ├── StoreUnavailable        the database cannot be opened, read or written
-│   │   │   └── StoreFull           the disk is full
+│   │   └── StoreFull           the disk is full
 │   ├── ServerUnreachable       no answer from the server
 │   ├── OutcomeUnknown          the write may or may not have happened; repeat it with the same id
 │   └── WaitTimedOut            the caller stopped waiting; the job goes on

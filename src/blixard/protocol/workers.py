@@ -8,6 +8,7 @@ import enum
 import msgspec
 
 from blixard.domain.lease import AttemptRef
+from blixard.domain.log import LogRecord
 from blixard.domain.worker import SessionState, WorkerOffer
 
 
@@ -30,14 +31,6 @@ class RegisterReply(msgspec.Struct, frozen=True, kw_only=True):
     session: str
     lease_seconds: float
     lock_path: str | None = None
-
-
-class LogRecord(msgspec.Struct, frozen=True, array_like=True):
-    """``at`` in microseconds since 1970, ``stream`` ``stdout`` or ``stderr``; ``data`` travels as bytes (MessagePack) or base64 (JSON)."""
-
-    at: int
-    stream: str
-    data: bytes
 
 
 class LogBatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

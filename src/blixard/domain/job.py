@@ -12,7 +12,7 @@ from blixard.domain.state_machine import JobState
 
 
 class JobMetadata(msgspec.Struct, frozen=True, kw_only=True):
-    """Times are microseconds since 1970 by the clock of the control plane; ``started_at``, ``finished_at`` by the worker's."""
+    """Times are microseconds since 1970 by the clock of the control plane; the worker's clock only tells how long an attempt ran."""
 
     created_at: int
     updated_at: int

@@ -76,8 +76,8 @@ class LeaseRepository:
         return _claimed_of_all(rows)
 
     async def start(self, session: str, started: Sequence[StartedAttempt], now: int) -> None:
-        """Mark leases as in progress; stale ones change nothing."""
-        reports = [(s.ref.namespace, s.ref.job_id, s.ref.attempt, s.started_at) for s in started]
+        """Mark leases as in progress since ``now``; stale ones change nothing."""
+        reports = [(s.ref.namespace, s.ref.job_id, s.ref.attempt, now) for s in started]
         params: Params = {"session": session, "reports": encode(reports), "now": now}
         await self._database.write(self._sql["start_attempts"], params)
 
@@ -85,7 +85,7 @@ class LeaseRepository:
         self, session: str, finished: Sequence[FinishedAttempt], retry_at: dict[AttemptRef, int], now: int
     ) -> dict[tuple[str, int], Ended]:
         """End attempts; return what changed by (job id, attempt). Stale reports change nothing and are not returned."""
-        reports = [_report(item, retry_at.get(item.ref)) for item in finished]
+        reports = [_report(item, retry_at.get(item.ref), now) for item in finished]
         params: Params = {"session": session, "reports": encode(reports), "now": now}
         rows = await self._database.write(self._sql["finish_attempts"], params)
         return {
@@ -134,15 +134,19 @@ class LeaseRepository:
         return [Ended(text(r[0]), JobState(text(r[1])), number(r[2]), maybe_text(r[3])) for r in rows]
 
 
-def _report(item: FinishedAttempt, retry_at: int | None) -> tuple[object, ...]:
+def _report(item: FinishedAttempt, retry_at: int | None, now: int) -> tuple[object, ...]:
+    """Return one element of ``finish_attempts``. The worker's clock tells how long it ran, ours when: retention trusts no worker's clock."""
     ref, outcome = item.ref, item.outcome
+    ran = (
+        None if outcome.started_at is None or outcome.finished_at is None else outcome.finished_at - outcome.started_at
+    )
     return (
         ref.namespace,
         ref.job_id,
         ref.attempt,
         outcome.kind,
-        outcome.started_at,
-        outcome.finished_at,
+        None if ran is None else now - max(0, ran),
+        now,
         outcome.exit_code,
         outcome.result,
         outcome.result_blob,

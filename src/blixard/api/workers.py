@@ -1,0 +1,68 @@
+"""/workers: sessions, sync, output."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+
+import msgspec
+
+from blixard.api.operation import Call, Operation
+from blixard.domain.lease import SyncReply, SyncRequest
+from blixard.domain.limits import MAX_CLAIM
+from blixard.domain.worker import Registration
+from blixard.errors import InvalidRequest
+from blixard.protocol import routes
+from blixard.protocol.workers import LogBatch, RegisterReply, WorkerView
+
+
+async def register(call: Call[Registration]) -> RegisterReply:
+    return await call.plane.workers.register(call.namespace, call.body)
+
+
+async def sync(call: Call[SyncRequest]) -> SyncReply:
+    request = call.body
+    _check_sync(request, call.parameters["session"])
+
+    def run(seconds: float) -> Awaitable[SyncReply]:
+        again = request if seconds == request.wait else msgspec.structs.replace(request, wait=seconds)
+        return call.plane.workers.sync(call.namespace, again)
+
+    reply = await call.wait(run, request.wait)
+    call.context.metrics.count_sync(claimed=len(reply.claimed), finished=len(request.finished))
+    return reply
+
+
+async def append_logs(call: Call[list[LogBatch]]) -> None:
+    await call.plane.workers.append_logs(call.namespace, call.parameters["session"], call.body)
+
+
+async def goodbye(call: Call[None]) -> None:
+    await call.plane.workers.close(call.namespace, call.parameters["session"])
+
+
+async def list_workers(call: Call[None]) -> list[WorkerView]:
+    return await call.plane.workers.workers(call.namespace)
+
+
+async def drain(call: Call[None]) -> WorkerView:
+    return await call.plane.workers.drain(call.namespace, call.parameters["session"])
+
+
+def _check_sync(request: SyncRequest, session: str) -> None:
+    if request.session != session:
+        raise InvalidRequest("the body names another session than the path", field="session")
+    if not 0 <= request.want <= MAX_CLAIM:
+        raise InvalidRequest(f"want is {request.want}; 0 to {MAX_CLAIM} is allowed", field="want")
+    if request.wait < 0:
+        raise InvalidRequest(f"wait is {request.wait:g} s; 0 or more is allowed", field="wait")
+
+
+SYNC = Operation(routes.SYNC, sync)
+OPERATIONS = (
+    Operation(routes.REGISTER, register),
+    SYNC,
+    Operation(routes.WORKER_LOGS, append_logs),
+    Operation(routes.GOODBYE, goodbye),
+    Operation(routes.WORKERS, list_workers),
+    Operation(routes.DRAIN_WORKER, drain),
+)

@@ -83,11 +83,16 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     error: AttemptError | None = None
 
 
+def _no_arguments() -> msgspec.Raw:
+    """A factory, since a default value could not be shown in a JSON schema."""
+    return msgspec.Raw(b"[]")
+
+
 class NewJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What differs from job to job of one spec. ``run_at`` in microseconds since 1970; None: now."""
 
     id: str | None = None
-    arguments: msgspec.Raw = msgspec.Raw(b"[]")
+    arguments: msgspec.Raw = msgspec.field(default_factory=_no_arguments)
     arguments_blob: str | None = None
     inputs: tuple[InputFile, ...] = ()
     priority: int = 0

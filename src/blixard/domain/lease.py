@@ -27,12 +27,17 @@ class StartedAttempt(msgspec.Struct, frozen=True, array_like=True):
     started_at: int
 
 
+def _no_arguments() -> msgspec.Raw:
+    """A factory, since a default value could not be shown in a JSON schema."""
+    return msgspec.Raw(b"[]")
+
+
 class ClaimedJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A lease with all that is needed to run it; ``spec`` is a key of ``SyncReply.specs``."""
 
     ref: AttemptRef
     spec: int
-    arguments: msgspec.Raw = msgspec.Raw(b"[]")
+    arguments: msgspec.Raw = msgspec.field(default_factory=_no_arguments)
     arguments_blob: str | None = None
     inputs: tuple[InputFile, ...] = ()
 

@@ -11,8 +11,9 @@ from typing import Protocol
 from blixard.backends.contract import Stream
 from blixard.domain.lease import AttemptRef
 from blixard.domain.limits import KIB, MIB
+from blixard.domain.log import LogRecord
 from blixard.errors import BlixardError, SessionExpired
-from blixard.protocol.workers import LogBatch, LogRecord
+from blixard.protocol.workers import LogBatch
 from blixard.services.clock import Clock
 from blixard.worker.backoff import Backoff
 from blixard.worker.gateway import WorkerGateway

@@ -32,6 +32,7 @@ BackendTable = Mapping[tuple[WorkerType, Isolation], ExecutionBackend]
 MAX_REPORT_BYTES = 8 * MIB
 """Results and errors in one sync; the server takes requests of 16 MiB. The rest goes with the next."""
 REPORT_OVERHEAD = 256
+PARK_PAUSE_SECONDS = 0.1
 GOODBYE_SECONDS = 3.0
 """How long a killed worker tries to deliver its last reports."""
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class Session:
         self._started: list[StartedAttempt] = []
         self._reporting = False
         self._parked = False
+        self._parked_at = 0.0
+        self._pause: asyncio.TimerHandle | None = None
         self._wanted = 0
         self._held_sent_at = float("-inf")
         self._planned = False
@@ -108,7 +111,7 @@ class Session:
                 self._link.close()
                 self._drop_all()
         finally:
-            for timer in self._timers:
+            for timer in [*self._timers, *filter(None, [self._pause])]:
                 timer.cancel()
         if self._ending is not SessionEnd.EXPIRED:
             await self._say_goodbye()
@@ -138,6 +141,7 @@ class Session:
             self._held.pop(finished.ref, None)
         if request.wait:
             self._parked = False
+            self._pace(request, reply)
         else:
             self._reporting = False
         self._wanted -= request.want
@@ -194,17 +198,34 @@ class Session:
         if self._finished or self._started:
             self._reporting = True
             self._post(wait=0.0)
-        elif not self._parked:
+        elif not self._parked and self._pause is None:
             self._parked = True
+            self._parked_at = asyncio.get_running_loop().time()
             self._post(wait=self._lease_seconds / 3)
+
+    def _pace(self, request: SyncRequest, reply: SyncReply) -> None:
+        """Wait a little before the next parked sync if this one came back at once without work.
+
+        A cancel and a drain are told again in every answer until they are done: without this, both sides would spin.
+        """
+        loop = asyncio.get_running_loop()
+        is_newest = request.number == self._link.next_number - 1
+        if is_newest and not reply.claimed and loop.time() - self._parked_at < PARK_PAUSE_SECONDS:
+            self._pause = loop.call_later(PARK_PAUSE_SECONDS, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._pause = None
+        self._plan()
 
     def _post(self, *, wait: float) -> None:
         now = self._clock.monotonic()
         third = self._lease_seconds / 3
         since = now - self._held_sent_at
+        finished = self._take_finished()
         holding = None
         if since >= third / 2:
-            holding = list(self._held)
+            reported = {item.ref for item in finished}
+            holding = [ref for ref in self._held if ref not in reported]
             self._held_sent_at = now
             since = 0.0
         want = self._want(now)
@@ -214,7 +235,7 @@ class Session:
                 session=self.id,
                 number=self._link.next_number,
                 seen=self._link.seen,
-                finished=self._take_finished(),
+                finished=finished,
                 started=self._take_started(),
                 holding=holding,
                 want=want,

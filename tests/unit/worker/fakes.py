@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from blixard.protocol.workers import LogBatch, RegisterReply
 from blixard.services.clock import Clock, SystemClock
 from blixard.testing.fake_backend import FakeBackend
 from blixard.worker.home import WorkerHome
+from blixard.worker.local_gateway import write_file
 from blixard.worker.options import WorkerOptions
 from blixard.worker.worker import Worker
 
@@ -104,6 +104,9 @@ class FakeGateway:
             async with self.changed:
                 await self.changed.wait_for(lambda: bool(condition()))
 
+    async def until_faults(self, count: int) -> None:
+        await self.until(lambda: self.faults >= count)
+
     async def until_ended(self, *ids: str) -> None:
         await self.until(lambda: all(self.jobs[i].ended for i in ids))
 
@@ -114,7 +117,7 @@ class FakeGateway:
     # WorkerGateway
 
     async def register(self, registration: Registration) -> RegisterReply:
-        self._check_up()
+        await self._check_up()
         self.registrations.append(registration)
         assert registration.session
         self.session = registration.session
@@ -123,7 +126,7 @@ class FakeGateway:
         return RegisterReply(session=registration.session, lease_seconds=self.lease_seconds)
 
     async def sync(self, request: SyncRequest) -> SyncReply:
-        self._check_up()
+        await self._check_up()
         self._check_session(request.session)
         self.requests.append(request)
         self._newest = max(self._newest, request.number)
@@ -138,7 +141,7 @@ class FakeGateway:
         return reply
 
     async def append_logs(self, session: str, batches: Sequence[LogBatch]) -> None:
-        self._check_up()
+        await self._check_up()
         self._check_session(session)
         self.log_calls += 1
         if any(batch.ref in self.stale_logs for batch in batches):
@@ -155,32 +158,30 @@ class FakeGateway:
             raise OutcomeUnknown("the fake lost its answer")
 
     async def close_session(self, session: str) -> None:
-        self._check_up()
+        await self._check_up()
         self.closed.append(session)
         await self._changed()
 
     async def put_blob(self, content: bytes) -> str:
-        self._check_up()
+        await self._check_up()
         return self.add_blob(content)
 
     async def fetch_blob(self, digest: str, directory: Path) -> Path:
-        self._check_up()
+        await self._check_up()
         self.fetches.append(digest)
         if digest not in self.blobs:
             raise BlobNotFound(digest)
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / digest
-        path.write_bytes(self.blobs[digest])
-        return path
+        return write_file(directory / digest, self.blobs[digest])
 
     async def aclose(self) -> None:
         return
 
     # Inside
 
-    def _check_up(self) -> None:
+    async def _check_up(self) -> None:
         if self.down:
             self.faults += 1
+            await self._changed()
             raise ServerUnreachable("the fake is down")
 
     def _check_session(self, session: str) -> None:
@@ -211,7 +212,7 @@ class FakeGateway:
                 while _is_empty(reply) and self._newest == request.number:
                     await ring.wait()
                     ring.clear()
-                    self._check_up()
+                    await self._check_up()
                     self._check_session(request.session)
                     if self._newest == request.number:
                         reply = self._look(request)
@@ -246,7 +247,7 @@ class FakeGateway:
     def _claim(self, request: SyncRequest) -> list[ClaimedJob]:
         free = [job for job in self.jobs.values() if job.session is None and job.ended is None]
         fitting = [job for job in free if (job.spec.requirements.cpus or 0) <= request.free_cpus]
-        claimed = []
+        claimed: list[ClaimedJob] = []
         for job in fitting[: request.want]:
             job.session, job.attempt = request.session, job.attempt + 1
             claimed.append(

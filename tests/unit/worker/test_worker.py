@@ -96,9 +96,7 @@ async def test_finished_attempts_survive_a_server_that_is_away(tmp_path: Path) -
         gateway.down = True
         gateway.ring()
         rig.backend.finish("a")
-        async with asyncio.timeout(DEADLINE):
-            while gateway.faults < 4:
-                await asyncio.sleep(0.01)  # polls a counter of the fake
+        await gateway.until_faults(4)
         gateway.down = False
         await gateway.until_ended("a")
         assert gateway.kind("a") == "completed"
@@ -113,9 +111,7 @@ async def test_a_lease_that_lapses_by_boot_time_ends_the_jobs_and_opens_a_new_se
         await gateway.until(lambda: ref("a") in rig.backend.attempts)
         gateway.down = True
         clock.advance(1.01)
-        async with asyncio.timeout(DEADLINE):
-            while (ref("a"), StopReason.KILL) not in rig.backend.interrupts:
-                await asyncio.sleep(0.01)  # the fake backend rings no bell
+        await gateway.until(lambda: (ref("a"), StopReason.KILL) in rig.backend.interrupts)
         gateway.down = False
         await gateway.until(lambda: len(gateway.registrations) == 2)
         assert gateway.kind("a") == "lost"
@@ -176,6 +172,20 @@ async def test_a_cancel_reaches_a_job_that_waits_for_its_blobs(tmp_path: Path) -
         gateway.cancel("a")
         await gateway.until_ended("a")
         assert gateway.kind("a") == "cancelled"
+
+
+async def test_a_cancel_that_takes_its_time_does_not_make_both_sides_spin(tmp_path: Path) -> None:
+    gateway = FakeGateway(lease_seconds=300.0)
+    async with running(tmp_path, gateway, FakeBackend(held=True)) as rig:
+        gateway.submit("a")
+        await gateway.until(lambda: rig.backend.attempts)
+        rig.backend.interrupt = lambda *_: None  # type: ignore[method-assign]  # a job that ignores SIGTERM
+        gateway.cancel("a")
+        before = len(gateway.requests)
+        await asyncio.sleep(0.5)  # a window to count in: without pacing there are hundreds
+        assert len(gateway.requests) - before < 20
+        rig.backend.finish("a")
+        await gateway.until_ended("a")
 
 
 async def test_drain_finishes_what_runs_and_releases_the_rest(tmp_path: Path) -> None:
@@ -272,9 +282,8 @@ async def test_registration_is_repeated_until_the_server_is_there(tmp_path: Path
     gateway.down = True
     worker = make_worker(tmp_path, gateway, FakeBackend())
     run = asyncio.create_task(worker.run())
+    await gateway.until_faults(3)
     async with asyncio.timeout(DEADLINE):
-        while gateway.faults < 3:
-            await asyncio.sleep(0.01)  # polls a counter of the fake
         gateway.down = False
         await worker.ready.wait()
         worker.stop()
@@ -320,7 +329,9 @@ async def test_results_over_the_inline_limit_become_blobs(tmp_path: Path) -> Non
         gateway.submit(*sizes)
         await gateway.until_ended(*sizes)
         at, over, far = (gateway.jobs[id_].ended for id_ in sizes)
-        assert at and over and far
+        assert at
+        assert over
+        assert far
         assert at.outcome.result is not None
         assert over.outcome.result is None
         assert len(gateway.blobs[over.outcome.result_blob or ""]) == MAX_INLINE_RESULT_BYTES + 1

@@ -1,0 +1,44 @@
+"""One control plane per test, on every implementation of the store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from blixard.services.control_plane import ControlPlane, ControlPlaneConfig, build_control_plane
+from blixard.storage.blobs import LocalBlobStore
+from blixard.storage.logs import LocalLogStore
+from blixard.storage.sqlite import SqliteDatabase
+from blixard.testing.clock import FakeClock
+from tests.conformance.services.worker import ScriptedWorker
+
+STORES = ("sqlite-file", "sqlite-memory")
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture(params=STORES)
+async def plane(request: pytest.FixtureRequest, tmp_path: Path, clock: FakeClock) -> AsyncIterator[ControlPlane]:
+    path = tmp_path / "blixard.db" if request.param == "sqlite-file" else ":memory:"
+    plane = build_control_plane(
+        SqliteDatabase(path),
+        LocalBlobStore(tmp_path / "blobs"),
+        LocalLogStore(tmp_path / "logs"),
+        ControlPlaneConfig(data_dir=tmp_path),
+        clock,
+    )
+    await plane.open()
+    yield plane
+    await plane.close()
+
+
+@pytest.fixture
+async def worker(plane: ControlPlane) -> ScriptedWorker:
+    worker = ScriptedWorker(plane)
+    await worker.register()
+    return worker

@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def root() -> Iterator[Path]:
     """A directory that a job which is not root inside its sandbox can reach, unlike pytest's own (mode 0700)."""
-    with tempfile.TemporaryDirectory(prefix="blixard-suite-") as name:
+    with tempfile.TemporaryDirectory(prefix="backend-suite-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
 

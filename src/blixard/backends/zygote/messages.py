@@ -74,7 +74,7 @@ class Exited(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class SpawnFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Supervisor or zygote to backend: nothing of the job ran. ``is_fault_of_job``: its program or input is not usable."""
 
-    type: str
+    error_type: str
     message: str
     is_fault_of_job: bool = False
     exit_code: int | None = None
@@ -91,4 +91,5 @@ READY = b"ready"
 
 encode = msgspec.msgpack.encode
 decode_request = msgspec.msgpack.Decoder(SpawnRequest).decode
+decode_failure = msgspec.msgpack.Decoder(SpawnFailed).decode
 decode_control = msgspec.msgpack.Decoder(ControlMessage).decode

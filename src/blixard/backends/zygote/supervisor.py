@@ -6,6 +6,7 @@ It is forked from the zygote and runs no code of the job. It adopts every proces
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import os
 import resource
@@ -14,6 +15,8 @@ import signal
 import socket
 import sys
 from typing import NoReturn
+
+import msgspec
 
 from blixard.backends.workspace import make_directory, place_inputs, remove_tree
 from blixard.backends.zygote.kernel import adopt_orphans, die_with_parent, kill_descendants
@@ -26,14 +29,17 @@ from blixard.backends.zygote.messages import (
     Role,
     Spawned,
     SpawnFailed,
+    decode_failure,
     encode,
 )
 
 CHANNEL_DESCRIPTOR = 3
+FAILURE_DESCRIPTOR = 4
 NOT_EXECUTABLE_EXIT_CODE = 126
 NOT_FOUND_EXIT_CODE = 127
 BROKEN_EXIT_CODE = 70
 _MAX_DESCRIPTOR = 1 << 20
+_ABOVE_ALL_GIVEN = 64
 
 
 class Supervisor:
@@ -53,6 +59,7 @@ class Supervisor:
         try:
             self._start()
             ending = Exited(self._watch())
+            self._check_started()
         except _NotStartedError as error:
             ending = error.message
         kill_descendants()
@@ -80,7 +87,7 @@ class Supervisor:
         self._fork()
 
     def _fork(self) -> None:
-        reading, writing = os.pipe2(os.O_CLOEXEC)
+        self._failure, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         supervisor = os.getpid()
         try:
             self._child = os.fork()
@@ -92,19 +99,13 @@ class Supervisor:
         for role, descriptor in self._descriptors.items():
             if role is not Role.CONTROL:
                 os.close(descriptor)
-        if self._launch.argv:
-            self._check_executed(reading)
-        os.close(reading)
         self._tell(Spawned(self._child))
 
-    def _check_executed(self, reading: int) -> None:
-        """Wait for the program to be executed (the pipe closes by itself) or for the reason why not."""
-        reason = b""
-        while part := os.read(reading, 4096):
-            reason += part
-        if reason:
-            code, _, text = reason.decode().partition(" ")
-            raise _NotStartedError(SpawnFailed("CommandNotRunnable", text, is_fault_of_job=True, exit_code=int(code)))
+    def _check_started(self) -> None:
+        """Raise what the ended process said about why the job's own code never ran."""
+        with contextlib.suppress(BlockingIOError):
+            if reason := os.read(self._failure, select.PIPE_BUF):
+                raise _NotStartedError(decode_failure(reason))
 
     def _watch(self) -> int:
         """Serve the backend until the job's process has ended; return its exit code, minus n after signal n."""
@@ -168,76 +169,70 @@ class _NotStartedError(Exception):
 
 def _become_runner(launch: Launch, descriptors: dict[Role, int], supervisor: int, failure: int) -> NoReturn:
     """Turn the fresh fork into the job's process. Never returns to the supervisor's code."""
-    code = BROKEN_EXIT_CODE
     try:
         _reset_signals(launch)
         os.setsid()
         die_with_parent(supervisor, signal.SIGKILL)
+        _arrange_descriptors(descriptors, failure)
         if launch.plan is not None:
-            _enter_sandbox(launch.plan)
-        _arrange_descriptors(descriptors, failure if launch.argv else None)
+            _enter_sandbox(launch.plan, has_channel=Role.CHANNEL in descriptors)
         _apply_limits(launch)
         os.umask(0o022)
         os.chdir(launch.working_directory)
-        if launch.argv:
-            _execute(launch, CHANNEL_DESCRIPTOR + 1)
-        code = _call_entry(launch)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # noqa: BLE001 -- to the job's stderr: the edge of a job
-    finally:
-        os._exit(code)
+        os.environ.clear()
+        os.environ.update(launch.environment)
+    except Exception as error:
+        _give_up(SpawnFailed(type(error).__name__, str(error)))
+    if launch.argv:
+        _execute(launch)
+    os.close(FAILURE_DESCRIPTOR)
+    _call_entry(launch)
+
+
+def _give_up(reason: SpawnFailed) -> NoReturn:
+    message = msgspec.structs.replace(reason, message=reason.message[:1000])
+    os.write(FAILURE_DESCRIPTOR, encode(message))
+    os._exit(BROKEN_EXIT_CODE)
 
 
 def _reset_signals(launch: Launch) -> None:
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # In a sandbox the process that waits outside must outlive a polite end; the inner one sets its own handling.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if launch.plan is not None else signal.SIG_DFL)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL if launch.argv else signal.default_int_handler)
     if launch.argv:
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these, and a program would inherit that
             signal.signal(number, signal.SIG_DFL)
 
 
-def _enter_sandbox(plan: bytes) -> None:
+def _enter_sandbox(plan: bytes, *, has_channel: bool) -> None:
+    """Go on as the job inside. The process that stays outside keeps the way to tell that the sandbox failed."""
     module = importlib.import_module("blixard.backends.sandbox.namespaces")
-    module.enter(module.decode_plan(plan))
-    signal.signal(signal.SIGTERM, _end_politely if os.getpid() == 1 else signal.SIG_DFL)
+    keep = {FAILURE_DESCRIPTOR} | ({CHANNEL_DESCRIPTOR} if has_channel else set())
+    module.enter(msgspec.msgpack.decode(plan, type=module.SandboxPlan), keep=keep, hold={FAILURE_DESCRIPTOR})
 
 
-def _end_politely(number: int, _frame: object) -> None:
-    """As pid 1: the kernel drops signals that pid 1 does not handle, so their default must be spelled out."""
-    os._exit(128 + number)
-
-
-def _arrange_descriptors(descriptors: dict[Role, int], failure: int | None) -> None:
-    """Leave the job with 0, 1, 2, its channel as 3, and (until it is executed) the failure pipe as 4."""
-    high = {role: _move_up(number) for role, number in descriptors.items() if role is not Role.CONTROL}
-    reason = None if failure is None else _move_up(failure)
-    for role, number in ((Role.STDIN, 0), (Role.STDOUT, 1), (Role.STDERR, 2)):
-        os.dup2(high[role], number)
-    first_closed = CHANNEL_DESCRIPTOR
-    if Role.CHANNEL in high:
-        os.dup2(high[Role.CHANNEL], CHANNEL_DESCRIPTOR, inheritable=False)
-        first_closed += 1
-    if reason is not None:
-        os.dup2(reason, CHANNEL_DESCRIPTOR + 1, inheritable=False)
-        os.closerange(first_closed, CHANNEL_DESCRIPTOR + 1)
-        first_closed = CHANNEL_DESCRIPTOR + 2
-    os.closerange(first_closed, _MAX_DESCRIPTOR)
+def _arrange_descriptors(descriptors: dict[Role, int], failure: int) -> None:
+    """Leave the job with 0, 1, 2, its channel as 3, and 4 to tell why it could not start."""
+    wanted = {0: Role.STDIN, 1: Role.STDOUT, 2: Role.STDERR, CHANNEL_DESCRIPTOR: Role.CHANNEL}
+    high = {number: _move_up(descriptors[role]) for number, role in wanted.items() if role in descriptors}
+    high[FAILURE_DESCRIPTOR] = _move_up(failure)
+    os.closerange(CHANNEL_DESCRIPTOR, FAILURE_DESCRIPTOR + 1)
+    for number, source in high.items():
+        os.dup2(source, number, inheritable=number <= 2)
+    os.closerange(FAILURE_DESCRIPTOR + 1, _MAX_DESCRIPTOR)
 
 
 def _move_up(descriptor: int) -> int:
     """Return a copy above the numbers that are about to be given away."""
-    import fcntl
-
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 64)
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _ABOVE_ALL_GIVEN)
 
 
 def _apply_limits(launch: Launch) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if launch.memory_mb is not None:
-        size = launch.memory_mb * 1024 * 1024
+        # What a fork of the zygote has mapped already is not the job's; a program replaces it.
+        size = launch.memory_mb * 1024 * 1024 + (0 if launch.argv else _mapped_bytes())
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
     if launch.cpus is not None:
         usable = sorted(os.sched_getaffinity(0))
@@ -246,24 +241,28 @@ def _apply_limits(launch: Launch) -> None:
         os.sched_setaffinity(0, {usable[(first + i) % len(usable)] for i in range(wanted)})
 
 
-def _execute(launch: Launch, failure: int) -> NoReturn:
-    os.environ.clear()
-    os.environ.update(launch.environment)
+def _mapped_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize()
+
+
+def _execute(launch: Launch) -> NoReturn:
     try:
         os.execvpe(launch.argv[0], list(launch.argv), launch.environment)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         code = NOT_FOUND_EXIT_CODE if missing else NOT_EXECUTABLE_EXIT_CODE
-        reason = "there is no such program on the job's PATH" if missing else error.strerror
-        os.write(failure, f"{code} cannot run {launch.argv[0]!r}: {reason}".encode())
+        why = "there is no such program on the job's PATH" if missing else str(error.strerror)
+        reason = f"cannot run {launch.argv[0][:500]!r}: {why}"
+        _give_up(SpawnFailed("CommandNotRunnable", reason, is_fault_of_job=True, exit_code=code))
+
+
+def _call_entry(launch: Launch) -> NoReturn:
+    code = BROKEN_EXIT_CODE
+    try:
+        module, _, name = launch.entry.partition(":")
+        code = getattr(importlib.import_module(module), name)(socket.socket(fileno=CHANNEL_DESCRIPTOR), launch)
+    except BaseException:  # the edge of a job: its stderr shows what is wrong with ours, and the exit code tells
+        sys.excepthook(*sys.exc_info())
+    finally:
         os._exit(code)
-
-
-def _call_entry(launch: Launch) -> int:
-    os.environ.clear()
-    os.environ.update(launch.environment)
-    module, _, name = launch.entry.partition(":")
-    entry = getattr(importlib.import_module(module), name)
-    code = entry(socket.socket(fileno=CHANNEL_DESCRIPTOR), launch)
-    assert isinstance(code, int)
-    return code

@@ -1,0 +1,105 @@
+"""One attempt on its way through a backend: waiting, running, ended."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from blixard.backends.contract import Execution, ExecutionObserver, Stream
+from blixard.backends.outcomes import now
+from blixard.domain.outcome import Outcome, OutcomeKind
+
+MAX_SPAWNS = 3
+"""A runner that could not be started, or vanished before the job's code began, is tried this often."""
+MAX_PIPELINE = 64
+"""Calls that one executor may have before it at a time."""
+PIPELINE_SECONDS = 0.002
+"""An executor has no more calls before it than it is usually through with in this time."""
+_NEW_SHARE = 0.2
+"""How much the newest duration counts in the running average."""
+
+
+class Pace:
+    """How long calls of one spec usually take, and so how many of them an executor may have before it."""
+
+    def __init__(self) -> None:
+        self._average: float | None = None
+        self.depth = 1
+
+    def learn(self, seconds: float) -> None:
+        known = self._average
+        self._average = seconds if known is None else known + _NEW_SHARE * (seconds - known)
+        self.depth = max(1, min(MAX_PIPELINE, int(PIPELINE_SECONDS / max(self._average, 1e-9))))
+
+    def slow_down(self, seconds: float) -> None:
+        """A call runs for this long already: expect the next to do so, too."""
+        if self._average is None or seconds > self._average:
+            self._average = seconds
+            self.depth = 1
+
+
+class Attempt:
+    """What the backend knows of one attempt. ``future`` resolves to its outcome."""
+
+    __slots__ = (
+        "_left",
+        "ending",
+        "execution",
+        "future",
+        "is_told",
+        "kill_at",
+        "number",
+        "observer",
+        "output_bytes",
+        "output_truncated",
+        "spawns",
+        "started_at",
+    )
+
+    def __init__(
+        self, number: int, execution: Execution, observer: ExecutionObserver, future: asyncio.Future[Outcome]
+    ) -> None:
+        self.number = number
+        self.execution = execution
+        self.observer = observer
+        self.future = future
+        self.ending: OutcomeKind | None = None
+        """Why it is being ended early."""
+        self.kill_at: float | None = None
+        self.started_at: int | None = None
+        self.spawns = 0
+        self.is_told = False
+        self.output_bytes = 0
+        self.output_truncated = False
+        self._left = execution.spec.max_output_bytes
+
+    @property
+    def is_done(self) -> bool:
+        return self.future.done()
+
+    def start(self) -> None:
+        """Tell the observer that the job's code runs."""
+        if not self.is_told and not self.future.done():
+            self.is_told = True
+            self.observer.started(self.started_at if self.started_at is not None else now())
+
+    def write(self, stream: Stream, data: bytes) -> None:
+        """Pass output on up to the cap, count all of it."""
+        self.output_bytes += len(data)
+        if len(data) > self._left:
+            self.output_truncated = True
+            data = data[: self._left]
+        if data and not self.future.done():
+            self._left -= len(data)
+            self.observer.output(now(), stream, data)
+
+    def finish(self, outcome: Outcome) -> None:
+        """Resolve with the outcome and what the job has written."""
+        if self.future.done():
+            return
+        if self.output_bytes:
+            outcome = msgspec.structs.replace(
+                outcome, output_bytes=self.output_bytes, output_truncated=self.output_truncated
+            )
+        self.future.set_result(outcome)

@@ -1,0 +1,155 @@
+"""What a job can leave behind in a process that goes on, and how it is put back: the environment, signals, limits and more."""
+
+from __future__ import annotations
+
+import _locale
+import _signal
+import _thread
+import contextlib
+import fcntl
+import gc
+import os
+import resource
+import signal
+import sys
+from array import array
+
+from blixard.backends.workspace import empty_directory
+from blixard.backends.zygote.kernel import kill_descendants
+
+MAX_GROWTH_KB = 256 * 1024
+"""An executor whose peak memory has grown by more since its start is replaced."""
+MAX_NEW_DESCRIPTORS = 64
+"""An executor with more new open files than that is replaced: somebody does not close them."""
+UMASK = 0o022
+_FIONREAD = 0x541B  # asm-generic/ioctls.h; Python's termios has it under the same name
+_SIGNALS = tuple(n for n in range(1, _signal.NSIG) if n in {int(s) for s in signal.valid_signals()})
+_LIMITS = tuple(sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")}))
+
+
+class Environment:
+    """The variables of the process: what every job sees, and what the present one sees besides."""
+
+    def __init__(self) -> None:
+        self._base = dict(os.environ)
+        self._expected = dict(_variables())
+        self._task: dict[str, str] | None = None
+
+    def set_up(self, task: dict[str, str], job: dict[str, str]) -> None:
+        """Make the environment of the next job: the base, then what its spec names, then what tells the job."""
+        if task is not self._task:
+            os.environ.clear()
+            os.environ.update(self._base)
+            os.environ.update(task)
+            self._task = task
+        os.environ.update(job)
+        self._expected = dict(_variables())
+
+    def restore(self) -> None:
+        """Undo what the job changed."""
+        if _variables() != self._expected:
+            self._task = None
+
+    def keep_changes(self) -> None:
+        """What an import has changed stays: the module will not be executed again."""
+        before = self._expected
+        for name in {*before, *_variables()}:
+            if before.get(name) != _variables().get(name):
+                text = os.fsdecode(name)
+                self._base.pop(text, None)
+                if name in _variables():
+                    self._base[text] = os.environ[text]
+        self._expected = dict(_variables())
+
+
+def _variables() -> dict[bytes, bytes]:
+    # The encoded copy that os.environ keeps: comparing it costs a tenth of reading every variable.
+    return os.environ._data  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001
+
+
+class Surroundings:
+    """The state of the process as jobs are to find it, taken at this moment."""
+
+    def __init__(self, directories: tuple[str, ...], working_directory: str) -> None:
+        self._directories = directories
+        self._working_directory = working_directory
+        self._argv = list(sys.argv)
+        self._path = list(sys.path)
+        self._handlers = [_signal.getsignal(number) for number in _SIGNALS]
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._limits = [resource.getrlimit(number) for number in _LIMITS]
+        self._locale = _locale.setlocale(_locale.LC_ALL)
+        self._memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self._threads = _thread._count()  # noqa: SLF001 -- counts threads that were started below ``threading`` too
+        self._first_free = _first_free_descriptor()
+
+    def restore(self) -> str | None:
+        """Put everything back as it was. Return why this process must not run another job, None if it may."""
+        self._restore_signals()
+        os.umask(UMASK)
+        if sys.argv != self._argv:
+            sys.argv = list(self._argv)
+        if sys.path != self._path:
+            sys.path[:] = self._path
+        if _locale.setlocale(_locale.LC_ALL) != self._locale:
+            _locale.setlocale(_locale.LC_ALL, self._locale)
+        return self._check_leftovers() or self._restore_directories()
+
+    def _restore_signals(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if [_signal.getsignal(number) for number in _SIGNALS] != self._handlers:
+            for number, handler in zip(_SIGNALS, self._handlers, strict=True):
+                if _signal.getsignal(number) != handler:
+                    _signal.signal(number, handler)
+        if signal.pthread_sigmask(signal.SIG_BLOCK, ()) != self._mask:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def _check_leftovers(self) -> str | None:
+        if _thread._count() > self._threads:  # noqa: SLF001
+            return "the job left a thread running"
+        if _has_children():
+            kill_descendants()
+            return "the job left a process running"
+        if [resource.getrlimit(number) for number in _LIMITS] != self._limits:
+            return "the job changed a resource limit"
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > self._memory + MAX_GROWTH_KB:
+            return "the process grew"
+        if _first_free_descriptor() > self._first_free + MAX_NEW_DESCRIPTORS:
+            return "jobs left many files open"
+        return None
+
+    def _restore_directories(self) -> str | None:
+        try:
+            for directory in self._directories:
+                if os.listdir(directory):
+                    empty_directory(directory)
+            os.chdir(self._working_directory)
+        except OSError as error:
+            return f"the job's directories cannot be put back: {error}"
+        return None
+
+
+def unread_bytes(descriptor: int) -> int:
+    """Return how many bytes lie in the pipe behind this descriptor."""
+    count = array("i", [0])
+    try:
+        fcntl.ioctl(descriptor, _FIONREAD, count)
+    except OSError:
+        return 0  # the job closed or replaced it
+    return count[0]
+
+
+def _has_children() -> bool:
+    """Say whether a live process descends from this one, which adopts orphans. Collects the ended ones."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+        gc.collect()  # a Popen object may wait for its process in its finaliser
+        return True
+    return False
+
+
+def _first_free_descriptor() -> int:
+    number = os.dup(2)
+    os.close(number)
+    return number

@@ -1,0 +1,280 @@
+"""The backend's side of one runner: its supervisor's socket, its channel, and the pipes of its output."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import socket
+from collections import deque
+from pathlib import Path
+from typing import Protocol
+
+from blixard.backends.attempt import Attempt
+from blixard.backends.contract import Stream
+from blixard.backends.executor.messages import STDERR_TAG, STDOUT_TAG, Answer, decode_answer, decode_call
+from blixard.backends.packets import PacketReader, packet_pair, send_packet
+from blixard.backends.zygote.client import ZygoteClient
+from blixard.backends.zygote.messages import (
+    KILL,
+    TERMINATE,
+    ControlMessage,
+    Exited,
+    Launch,
+    Role,
+    Spawned,
+    SpawnFailed,
+    decode_control,
+)
+
+PIPE_BYTES = 1024 * 1024
+"""Wanted size of a job's output pipes, so that it seldom waits for us."""
+_READ_BYTES = 256 * 1024
+_MAX_READS = 64
+"""Reads from one pipe before other events get their turn."""
+_OUTPUT = {STDOUT_TAG[0]: Stream.STDOUT, STDERR_TAG[0]: Stream.STDERR}
+
+
+class RunnerOwner(Protocol):
+    """Who is told what happens to a runner; both on the event loop."""
+
+    def answered(self, runner: Runner, attempt: Attempt, answer: Answer) -> None:
+        """The call of the attempt has ended; its output has been passed on."""
+
+    def gone(self, runner: Runner, unread: list[Attempt], end: Exited | SpawnFailed | None) -> None:
+        """The runner and all it started are gone (``end`` None: by violence from outside). Its output has been passed on.
+
+        ``unread`` were never seen by it; ``runner.sent`` holds what it had begun and not answered.
+        """
+
+
+class Runner:
+    """A process that runs calls (with a channel) or one command (without). Unusable after ``gone``."""
+
+    def __init__(self, owner: RunnerOwner, *, code: str | None, is_single_use: bool) -> None:
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self.code = code
+        """The bundle that a reusable executor is bound to."""
+        self.is_single_use = is_single_use
+        self.sent: deque[Attempt] = deque()
+        self.head_since = 0.0
+        self.depth = 0
+        self.is_gone = False
+        self.is_ending = False
+        """Takes no more calls: it was told to end, or said that it will."""
+        self.has_begun = False
+        self._held: tuple[Attempt, Answer] | None = None
+        self._control: socket.socket | None = None
+        self._channel: socket.socket | None = None
+        self._far_end: socket.socket | None = None
+        self._pipes: dict[Stream, int] = {}
+        self._listens_to_pipes = False
+
+    # -- beginning ----------------------------------------------------------------------------------------------------
+
+    def spawn(self, zygote: ZygoteClient, launch: Launch, stdin: Path | None) -> None:
+        """Ask the zygote for the process. Raises ``OSError`` (nothing is left open) if that is not possible now."""
+        theirs: dict[Role, int] = {}
+        try:
+            self._open(theirs, with_channel=not launch.argv)
+            theirs[Role.STDIN] = os.open(os.devnull if stdin is None else stdin, os.O_RDONLY | os.O_CLOEXEC)
+            zygote.spawn(launch, theirs)
+        except OSError:
+            self._close()
+            raise
+        finally:
+            for descriptor in theirs.values():
+                os.close(descriptor)
+        assert self._control is not None
+        self._loop.add_reader(self._control, self._hear_control)
+        if self._channel is not None:
+            self._loop.add_reader(self._channel, self.read_answers)
+        if self.is_single_use:
+            self.listen_to_pipes()
+
+    def _open(self, theirs: dict[Role, int], *, with_channel: bool) -> None:
+        self._control, their_control = packet_pair()
+        theirs[Role.CONTROL] = their_control.detach()
+        self._control.setblocking(False)
+        if with_channel:
+            self._channel, self._far_end = packet_pair()
+            self._channel.setblocking(False)
+            self._reader = PacketReader(self._channel)
+            theirs[Role.CHANNEL] = os.dup(self._far_end.fileno())
+        for stream, role in ((Stream.STDOUT, Role.STDOUT), (Stream.STDERR, Role.STDERR)):
+            self._pipes[stream], theirs[role] = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(self._pipes[stream], False)
+            with contextlib.suppress(OSError):  # a user may have used up what he may have of pipe buffers
+                fcntl.fcntl(self._pipes[stream], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def send(self, attempt: Attempt, packet: bytes) -> bool:
+        """Put a call behind those that were sent. False: there is no room now."""
+        assert self._channel is not None
+        if self._listens_to_pipes and not self.is_single_use:
+            self._ignore_pipes()
+        try:
+            send_packet(self._channel, packet)
+        except BlockingIOError:
+            return False
+        if not self.sent:
+            self.head_since = self._loop.time()
+        self.sent.append(attempt)
+        return True
+
+    def settle(self) -> list[Attempt]:
+        """Take back every call that the process has not seen, and hear every answer that it has given.
+
+        After this at most one call is with the process: the one that runs.
+        """
+        taken = self._take_back()
+        self.read_answers()
+        return taken
+
+    def _take_back(self) -> list[Attempt]:
+        if self._far_end is None:
+            return []
+        numbers = set()
+        self._far_end.setblocking(False)
+        reader = PacketReader(self._far_end)
+        with contextlib.suppress(BlockingIOError):
+            while (received := reader.receive()) is not None:
+                numbers.add(decode_call(received[0]).number)
+        taken = [attempt for attempt in self.sent if attempt.number in numbers]
+        if taken:
+            self.sent = deque(attempt for attempt in self.sent if attempt.number not in numbers)
+        return taken
+
+    def read_answers(self) -> None:
+        """Hear everything that lies in the channel."""
+        if self._channel is None:
+            return
+        with contextlib.suppress(BlockingIOError):
+            while not self.is_gone:
+                received = self._reader.receive()
+                if received is None:
+                    return
+                self._take(received[0])
+
+    def _take(self, packet: memoryview | bytes) -> None:
+        stream = _OUTPUT.get(packet[0])
+        if stream is None:
+            self._take_answer(decode_answer(packet))
+        elif self.sent:
+            self.sent[0].write(stream, bytes(packet[1:]))
+
+    def _take_answer(self, answer: Answer) -> None:
+        attempt = self.sent.popleft()
+        assert attempt.number == answer.number, "an executor answers in the order of the calls"
+        self.head_since = self._loop.time()
+        self._read_native_output(attempt, answer)
+        if answer.retire is None:
+            self._owner.answered(self, attempt, answer)
+        else:  # the outcome waits until nothing of the process is left
+            self.is_ending = True
+            self._held = (attempt, answer)
+
+    def _read_native_output(self, attempt: Attempt, answer: Answer) -> None:
+        for stream, count in ((Stream.STDOUT, answer.native_stdout), (Stream.STDERR, answer.native_stderr)):
+            while count > 0:
+                try:
+                    data = os.read(self._pipes[stream], min(count, _READ_BYTES))
+                except BlockingIOError:
+                    break  # the tick has read it meanwhile
+                count -= len(data)
+                attempt.write(stream, data)
+
+    # -- output of native code and child processes --------------------------------------------------------------------
+
+    def listen_to_pipes(self) -> None:
+        """Read the pipes as they fill. Only while one call at most is with the process, so that it is clear whose it is."""
+        if not self._listens_to_pipes:
+            self._listens_to_pipes = True
+            for stream in self._pipes:
+                self._loop.add_reader(self._pipes[stream], self._read_pipe, stream)
+
+    def _ignore_pipes(self) -> None:
+        self._listens_to_pipes = False
+        for descriptor in self._pipes.values():
+            self._loop.remove_reader(descriptor)
+
+    def _read_pipe(self, stream: Stream) -> None:
+        if not self.is_single_use:
+            self.read_answers()  # if the call has ended, what is in the pipe was counted by its answer
+            if not self.sent:
+                self._drain_leftover(stream)
+                return
+        self._read_some(stream, _MAX_READS)
+
+    def _drain_leftover(self, stream: Stream) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._pipes[stream], _READ_BYTES)
+
+    def _read_some(self, stream: Stream, reads: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(reads):
+                data = os.read(self._pipes[stream], _READ_BYTES)
+                if not data:
+                    self._loop.remove_reader(self._pipes[stream])
+                    return
+                if self.sent:
+                    self.sent[0].write(stream, data)
+                elif self._held is not None:
+                    self._held[0].write(stream, data)
+
+    # -- ending -------------------------------------------------------------------------------------------------------
+
+    def terminate(self) -> None:
+        """SIGTERM to the job's process group."""
+        self._order(TERMINATE)
+
+    def kill(self) -> None:
+        """SIGKILL to everything of it; ``gone`` follows."""
+        self._order(KILL)
+
+    def _order(self, order: bytes) -> None:
+        self.is_ending = True
+        if self._control is not None:
+            with contextlib.suppress(OSError):  # the supervisor is gone already: we shall hear of it
+                self._control.send(order)
+
+    def _hear_control(self) -> None:
+        assert self._control is not None
+        try:
+            data = self._control.recv(65536)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        message: ControlMessage | None = decode_control(data) if data else None
+        if isinstance(message, Spawned):
+            self.has_begun = True
+        else:
+            self._end(message)
+
+    def _end(self, message: Exited | SpawnFailed | None) -> None:
+        """Hear all that is left to hear, then tell the owner."""
+        unread = self._take_back()
+        self.read_answers()
+        for stream in list(self._pipes):
+            self._read_some(stream, 1 << 30)
+        self.is_gone = True
+        self._close()
+        held, self._held = self._held, None
+        if held is not None:
+            self._owner.answered(self, *held)
+        self._owner.gone(self, unread, message)
+
+    def _close(self) -> None:
+        for sock in (self._control, self._channel, self._far_end):
+            if sock is not None:
+                self._loop.remove_reader(sock)
+                sock.close()
+        for descriptor in self._pipes.values():
+            self._loop.remove_reader(descriptor)
+            os.close(descriptor)
+        self._control = self._channel = self._far_end = None
+        self._pipes = {}

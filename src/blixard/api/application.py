@@ -54,9 +54,8 @@ def _handler_for(operation: Operation[Any, Any], context: ApiContext) -> HTTPRou
 
     method: Method = operation.route.method  # type: ignore[assignment]  # the table holds plain text
     path = PREFIX + _PARAMETER.sub(r"{\1:str}", operation.route.path)
-    return HTTPRouteHandler(path, http_method=[method], name=operation.route.name, status_code=operation.route.status)(
-        handle
-    )
+    # The status that Litestar is told means nothing, since the Answer has its own; only must it allow a body.
+    return HTTPRouteHandler(path, http_method=[method], name=operation.route.name, status_code=200)(handle)
 
 
 def _page_handlers() -> list[HTTPRouteHandler]:

@@ -20,7 +20,7 @@ from blixard.backends.contract import (
     Stream,
 )
 from blixard.backends.sandbox.plan import SandboxPlan
-from blixard.backends.wasm.confinement import plan_compiler, probe
+from blixard.backends.wasm.confinement import MAX_ARTEFACT_BYTES, plan_compiler, probe
 from blixard.backends.wasm.host import Child, ZygoteHost, ZygoteLost
 from blixard.backends.wasm.module_cache import CompiledModule, ModuleCache
 from blixard.backends.wasm.preparation import (
@@ -70,7 +70,6 @@ MAX_COMPILE_CPU_SECONDS = 120
 MAX_COMPILE_SECONDS = 300.0
 MAX_COMPILE_BYTES = 8192 * MIB
 """Address space, of which a compiler uses a fraction: CPython's 12 MB of Wasm need about 1 GiB."""
-MAX_ARTEFACT_BYTES = 1024 * MIB
 
 
 class _Attempt:

@@ -16,7 +16,8 @@ from blixard.domain.limits import MIB
 from blixard.domain.payload import Runtime
 from blixard.domain.requirements import Isolation
 
-COMPILER_DISK_BYTES = MIB
+MAX_ARTEFACT_BYTES = 1024 * MIB
+"""Bounds the file that the compiler writes, through the limit on any file in its sandbox."""
 COMPILER_PROCESSES = 512
 """Threads count too: the compiler starts one per core."""
 PROBE_SECONDS = 30.0
@@ -34,7 +35,7 @@ def plan_sandbox(settings: BackendSettings, binds: tuple[Bind, ...]) -> SandboxP
 
 def plan_compiler() -> SandboxPlan:
     """Return a sandbox with nothing in it; the compiler has its two files open already."""
-    return _plan((), disk=COMPILER_DISK_BYTES, processes=COMPILER_PROCESSES, open_files=256)
+    return _plan((), disk=MAX_ARTEFACT_BYTES, processes=COMPILER_PROCESSES, open_files=256)
 
 
 def owner_of(path: str) -> tuple[int, int] | None:

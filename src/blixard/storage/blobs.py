@@ -157,10 +157,15 @@ class LocalBlobStore:
             return draft.publish(self._path)
 
     async def _put_stream(self, source: AsyncIterator[bytes]) -> str:
-        with _explained(self._directory), _Draft(self._directory, self._max_bytes) as draft:
+        # What the source raises is the source's: only our own steps are explained.
+        with _explained(self._directory):
+            draft = _Draft(self._directory, self._max_bytes)
+        with draft:
             async for chunk in source:
-                await asyncio.to_thread(draft.add, chunk)
-            return await asyncio.to_thread(draft.publish, self._path)
+                with _explained(self._directory):
+                    await asyncio.to_thread(draft.add, chunk)
+            with _explained(self._directory):
+                return await asyncio.to_thread(draft.publish, self._path)
 
     def _get(self, digest: str) -> bytes:
         with _explained(self._directory):

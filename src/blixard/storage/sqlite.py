@@ -87,8 +87,7 @@ class SqliteDatabase:
         """
         async with self._gate:
             if self._writer is None:
-                writing = await asyncio.to_thread(self._open_blocking)
-                self._start(writing)
+                self._start(await self._open_on_thread())
 
     async def close(self) -> None:
         """Finish the writes that were accepted, checkpoint, close. Allowed before ``open``, during it, and twice."""
@@ -162,6 +161,16 @@ class SqliteDatabase:
             self._readers.start()
         writer.start()
         self._writer = writer
+
+    async def _open_on_thread(self) -> apsw.Connection:
+        """Open on a thread; a cancelled caller waits for it all the same, so that nothing stays open behind its back."""
+        opening = asyncio.ensure_future(asyncio.to_thread(self._open_blocking))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            await asyncio.wait([opening])
+            self._close_blocking()
+            raise
 
     def _open_blocking(self) -> apsw.Connection:
         try:

@@ -139,7 +139,16 @@ class Executor:
 
 
 def _open_files() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 -- names are all there is to it
+    listed = {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 -- names are all there is to it
+    return {file for file in listed if _is_open(file)}  # the listing's own is closed again
+
+
+def _is_open(file: int) -> bool:
+    try:
+        os.fstat(file)
+    except OSError:
+        return False
+    return True
 
 
 def _nothing() -> None:

@@ -7,10 +7,12 @@ zygote ── supervisor (host's namespaces, holds the session's lock)
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterable
 from types import FrameType
 
@@ -55,12 +57,20 @@ def enter(
         kernel.unshare(kernel.CLONE_NEWPID)
         init = os.fork()
     except OSError as error:
-        raise SandboxFailed(str(error)) from error
+        raise SandboxFailed(explain(error)) from error
     if init:
         writing.close()
-        _supervise(init, reading, {reading.fileno(), *hold})
+        supervise(init, reading, {reading.fileno(), *hold})
     reading.close()
     _run_init(plan, writing, supervisor, {0, 1, 2, *keep}, maps)
+
+
+def explain(error: Exception) -> str:
+    """Say in words what went wrong while a sandbox was built."""
+    if isinstance(error, OSError):
+        place = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{place}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _stand_apart() -> None:
@@ -74,7 +84,7 @@ def _stand_apart() -> None:
         os._exit(1)
 
 
-def _supervise(init: int, reports: socket.socket, keep: set[int]) -> None:
+def supervise(init: int, reports: socket.socket, keep: set[int]) -> None:
     """Wait for the end of the sandbox and end alike. Raises ``SandboxFailed`` if it never began."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -122,7 +132,8 @@ def _run_init(
 ) -> None:
     """Build the sandbox as its pid 1 and fork the job, in which alone this returns."""
     try:
-        _join_cgroups(plan.limits)
+        os.setsid()  # what is sent to the supervisor's group is passed on by it, once
+        join_cgroups(plan.limits)
         _build(plan, maps)
         close_all_but({reports.fileno(), *keep})
         _become_powerless(plan, reports)
@@ -132,12 +143,12 @@ def _run_init(
             reports.close()
             return
     except Exception as error:  # the edge of a job: whatever went wrong is reported to the supervisor
-        reports.send(_FAILED + f"{type(error).__name__}: {error}".encode()[: _MAX_REPORT - 1])
+        reports.send(_FAILED + explain(error).encode()[: _MAX_REPORT - 1])
         os._exit(1)
     _reap(job, reports, plan.seccomp)
 
 
-def _join_cgroups(limits: Limits) -> None:
+def join_cgroups(limits: Limits) -> None:
     for directory in limits.cgroups:
         write_file(f"{directory}/cgroup.procs", "0")
     write_file("/proc/self/oom_score_adj", FIRST_KILLED)
@@ -173,7 +184,19 @@ def _become_job(plan: SandboxPlan) -> None:
     signal.signal(KILL_NOW, signal.SIG_DFL)
     set_limits(plan.limits)
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    if plan.moved_library is not None:
+        move_library(*plan.moved_library)
     seccomp.install(plan.seccomp)
+
+
+def move_library(old: str, new: str) -> None:
+    """Let ``import`` find under ``new`` what this process has found under ``old`` so far."""
+    sys.path[:] = [new if path == old else path for path in sys.path]
+    for module in list(sys.modules.values()):
+        places = getattr(module, "__path__", None)
+        if isinstance(places, list):
+            places[:] = [new + place[len(old) :] if place.startswith(f"{old}/") else place for place in places]
+    importlib.invalidate_caches()
 
 
 def set_limits(limits: Limits) -> None:

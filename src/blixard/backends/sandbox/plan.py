@@ -7,6 +7,7 @@ import msgspec
 HOST_NAME = "blixard"
 WORK = "/work"
 TEMPORARY = "/tmp"  # noqa: S108 -- the sandbox's own
+HOME = "/home/job"
 CODE = "/bundle"
 INSIDE_ID = 1000
 """The user and group that a job sees itself as; which one of the host it really is, ``SandboxPlan.host_uid`` says."""
@@ -50,8 +51,21 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Directories of cgroups (one per hierarchy) that the sandbox joins before anything of the job runs."""
 
 
+class BubblewrapCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """``program``: bubblewrap's own path on the host. The job: ``argv`` in ``environment``."""
+
+    program: str
+    version: tuple[int, int]
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+
+
 class SandboxPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """All that ``enter`` needs. ``host_uid``/``host_gid``: whom the job runs as on the host; never 0."""
+    """All that ``enter`` needs. ``host_uid``/``host_gid``: whom the job runs as on the host; never 0.
+
+    ``moved_library``: our own package lies under the first path on the host and under the second in the sandbox.
+    ``command``: the job is run by bubblewrap, within this plan's root.
+    """
 
     binds: tuple[Bind, ...]
     limits: Limits
@@ -61,3 +75,5 @@ class SandboxPlan(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[TextFile, ...] = ()
     network: bool = False
     seccomp: bytes
+    moved_library: tuple[str, str] | None = None
+    command: BubblewrapCommand | None = None

@@ -12,10 +12,11 @@ import stat
 
 from blixard.backends.sandbox import kernel
 from blixard.backends.sandbox.identity import OwnerMaps
-from blixard.backends.sandbox.plan import MAX_FILES, TEMPORARY, WORK, Bind, SandboxPlan
+from blixard.backends.sandbox.plan import HOME, MAX_FILES, TEMPORARY, WORK, Bind, SandboxPlan
 
 HOST = "/host"
 ROOT = "/root"
+PRIVATE = (WORK, HOME, TEMPORARY, "/dev/shm")  # noqa: S108 -- the sandbox's own
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEVICE_LINKS = (
     ("fd", "/proc/self/fd"),
@@ -40,6 +41,7 @@ class RootBuilder:
         self._maps = maps
         self._bound: list[str] = []
         self._host = self._root = -1
+        self._job = (0, 0)
 
     def open(self, disk: int) -> None:
         """Start an empty root on a tmpfs of ``disk`` bytes and move the host's tree to ``HOST``."""
@@ -57,14 +59,26 @@ class RootBuilder:
 
     def add_system(self, uid: int, gid: int) -> None:
         """Add /dev, /proc and the job's private directories, which belong to ``uid`` and ``gid``."""
-        for path, mode in ((WORK, 0o700), (TEMPORARY, 0o1777), ("/dev/shm", 0o1777)):  # noqa: S108 -- the sandbox's own
-            os.makedirs(ROOT + path, exist_ok=True)
-            os.chmod(ROOT + path, mode)
-            kernel.mount(ROOT + path, ROOT + path, None, kernel.MS_BIND)
-            self._bound.append(path)
-        os.chown(ROOT + WORK, uid, gid)
+        self.add_private(uid, gid)
         self._add_devices()
         self._add_proc()
+
+    def add_private(self, uid: int, gid: int) -> None:
+        """Add the directories that the job may write to; they share the root's tmpfs and so its size."""
+        self._job = (uid, gid)
+        for path in PRIVATE:
+            os.makedirs(ROOT + path, exist_ok=True)
+            os.chmod(ROOT + path, 0o700)
+            os.chown(ROOT + path, uid, gid)
+            kernel.mount(ROOT + path, ROOT + path, None, kernel.MS_BIND)
+
+    def add_host_proc(self) -> None:
+        """Show the host's /proc, for bubblewrap alone: the kernel lets it mount a new one only if it could see a whole one."""
+        self._attach(kernel.open_place(self._host, "proc", 0), "/proc", _ATTRIBUTES, None)
+
+    def add_host_devices(self) -> None:
+        """Add what bubblewrap makes a job's /dev of."""
+        self._attach_devices()
 
     def add(self, plan: SandboxPlan) -> None:
         """Add the plan's files, links and binds, outer places before inner ones."""
@@ -154,12 +168,17 @@ class RootBuilder:
 
     def _make_place(self, target: str, *, directory: bool) -> None:
         """Create what to mount on, but never inside a directory of the host that is already shown."""
-        if any(target.startswith(f"{bound}/") for bound in self._bound if bound not in {WORK, TEMPORARY}):
+        if any(target == bound or target.startswith(f"{bound}/") for bound in self._bound):
             return
-        path = ROOT + target
-        if directory:
-            os.makedirs(path, exist_ok=True)
+        self._make_directories(target if directory else os.path.dirname(target))
+        if not directory and not os.path.lexists(ROOT + target):
+            os.close(os.open(ROOT + target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+
+    def _make_directories(self, path: str) -> None:
+        """Those below a private directory belong to the job."""
+        if os.path.isdir(ROOT + path):
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not os.path.lexists(path):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+        self._make_directories(os.path.dirname(path))
+        os.mkdir(ROOT + path, 0o755)
+        if any(path.startswith(f"{private}/") for private in PRIVATE):
+            os.chown(ROOT + path, *self._job)

@@ -117,11 +117,14 @@ def _nobody(needs: PlacementClass, workers: list[WorkerSession]) -> list[Reason]
 
 def _unblock(needs: PlacementClass) -> str:
     labels = " ".join(f"--label {name}={value}" for name, value in needs.labels.items())
-    size = f" with {needs.cpus:g} cpus and {needs.memory_mb} MB" if needs.cpus or needs.memory_mb else ""
-    return (
-        f"start a {needs.worker_type} worker that gives isolation {needs.isolation}, serves queue {needs.queue!r}"
-        f"{size}{' and has ' + labels if labels else ''}; `blixard doctor` says what a host can give"
-    )
+    wishes = [
+        f"gives isolation {needs.isolation}",
+        f"serves queue {needs.queue!r}",
+        *([f"has {needs.cpus:g} cpus"] if needs.cpus else []),
+        *([f"has {needs.memory_mb} MB"] if needs.memory_mb else []),
+        *([f"was started with {labels}"] if labels else []),
+    ]
+    return f"start a {needs.worker_type} worker that {', '.join(wishes)}; `blixard doctor` says what a host can give"
 
 
 def _all_draining(able: list[WorkerSession]) -> Reason:

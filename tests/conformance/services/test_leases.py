@@ -228,7 +228,7 @@ async def test_sizes_labels_queues_and_isolation_decide_who_may_claim(plane: Con
     needs = JobRequirements(isolation=Isolation.STANDARD, labels={"zone": "a"}, cpus=1.5, memory_mb=600)
     (job_id,) = await submit(plane, spec=make_spec(queue="images", requirements=needs))
     good: dict[str, object] = {"labels": {"zone": "a", "x": "y"}, "cpus": 2.0, "memory_mb": 1024, "queues": ("images",)}
-    bad = [
+    bad: list[dict[str, object]] = [
         {"labels": {"zone": "b"}},
         {"cpus": 1.0},
         {"memory_mb": 512},
@@ -236,7 +236,8 @@ async def test_sizes_labels_queues_and_isolation_decide_who_may_claim(plane: Con
         {"capabilities": {WorkerType.PROCESS: (Isolation.MINIMAL,)}},
         {"capabilities": {WorkerType.WASM: (Isolation.STANDARD,)}},
     ]
-    for number, change in enumerate([*bad, {}]):
+    changes: list[dict[str, object]] = [*bad, {}]
+    for number, change in enumerate(changes):
         offer = WorkerOffer(capabilities=OFFER.capabilities)
         for name, value in {**good, **change}.items():
             offer = _with(offer, name, value)

@@ -14,6 +14,7 @@ from litestar.types import ASGIApp, HTTPResponseStartEvent, HTTPScope, Message, 
 
 from blixard.api.jobs import SUBMIT
 from blixard.api.operation import ApiContext, Exchange, request_id_of
+from blixard.api.waits import Waits
 from blixard.api.workers import SYNC
 from blixard.protocol.routes import PREFIX, PROTOCOL_HEADER, PROTOCOL_VERSION, REQUEST_ID_HEADER
 
@@ -26,9 +27,10 @@ _NO_SNIFF = (b"x-content-type-options", b"nosniff")
 
 
 class Door:
-    """One per listening socket; ``trusted``: who can connect to it may do everything."""
+    """One per listening socket; ``trusted``: who can connect to it may do everything. ``waits`` are those of its clients."""
 
     def __init__(self, app: ASGIApp, context: ApiContext, *, trusted: bool) -> None:
+        self.waits = Waits()
         self._app = app
         self._context = context
         self._trusted = trusted
@@ -37,7 +39,7 @@ class Door:
         if scope["type"] != ScopeType.HTTP:
             return  # uvicorn is told that there are neither web sockets nor a lifespan
         request_id = request_id_of(scope)
-        scope["state"] = {"exchange": Exchange(request_id, self._trusted)}
+        scope["state"] = {"exchange": Exchange(request_id, self._trusted, self.waits)}
         structlog.contextvars.bind_contextvars(request_id=request_id)
         added = (_PROTOCOL, (_REQUEST_ID, request_id.encode()), _NO_SNIFF)
 

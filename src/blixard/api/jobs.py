@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from blixard.api.operation import Call, Operation
-from blixard.domain.ids import check_id
-from blixard.domain.limits import MAX_BATCH_JOBS
-from blixard.errors import InvalidRequest, LimitExceeded
 from blixard.protocol import routes
 from blixard.protocol.jobs import (
     CancelReply,
@@ -43,12 +40,6 @@ async def list_jobs(call: Call[None]) -> JobPage:
 
 async def wait(call: Call[WaitRequest]) -> WaitReply:
     ids = call.body.ids
-    if len(ids) > MAX_BATCH_JOBS:
-        raise LimitExceeded(f"ids has {len(ids)} entries; {MAX_BATCH_JOBS} are allowed", field="ids")
-    if call.body.wait < 0:
-        raise InvalidRequest(f"wait is {call.body.wait:g} s; 0 or more is allowed", field="wait")
-    for job_id in ids:
-        check_id(job_id, field="ids")
     return await call.wait(lambda seconds: call.plane.queries.wait(call.namespace, ids, wait=seconds), call.body.wait)
 
 

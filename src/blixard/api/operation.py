@@ -46,6 +46,7 @@ class Exchange:
 
     request_id: str
     trusted: bool
+    waits: Waits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,6 @@ class ApiContext:
 
     plane: ControlPlane
     gate: Gatekeeper
-    waits: Waits
     metrics: ApiMetrics
     request_limit: int = MAX_REQUEST_BYTES
 
@@ -85,7 +85,7 @@ class Call(Generic[Q]):
 
     async def wait(self, call: Callable[[float], Awaitable[P]], seconds: float) -> P:
         """Return ``call(seconds)``, ended early when the client goes away or the server stops."""
-        return await self.context.waits.run(self.receive, call, seconds)
+        return await exchange_of(self.scope).waits.run(self.receive, call, seconds)
 
 
 Serve = Callable[[Call[Q]], Awaitable[R | Answer]]

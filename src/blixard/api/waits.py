@@ -46,7 +46,9 @@ class Waits:
         (raises ``ClientGone``), and made anew without waiting when the server stops. The request's body must have been read.
         """
         seconds = min(wait, MAX_WAIT_SECONDS)
-        if seconds <= 0 or self._stopping:
+        if not seconds > 0:  # also what is negative or no number: the service says what is wrong with it
+            return await call(seconds)
+        if self._stopping:
             return await call(0.0)
         task = asyncio.current_task()
         assert task is not None

@@ -8,7 +8,6 @@ import msgspec
 
 from blixard.api.operation import Call, Operation
 from blixard.domain.lease import SyncReply, SyncRequest
-from blixard.domain.limits import MAX_CLAIM
 from blixard.domain.worker import Registration
 from blixard.errors import InvalidRequest
 from blixard.protocol import routes
@@ -21,7 +20,8 @@ async def register(call: Call[Registration]) -> RegisterReply:
 
 async def sync(call: Call[SyncRequest]) -> SyncReply:
     request = call.body
-    _check_sync(request, call.parameters["session"])
+    if request.session != call.parameters["session"]:
+        raise InvalidRequest("the body names another session than the path", field="session")
 
     def run(seconds: float) -> Awaitable[SyncReply]:
         again = request if seconds == request.wait else msgspec.structs.replace(request, wait=seconds)
@@ -46,15 +46,6 @@ async def list_workers(call: Call[None]) -> list[WorkerView]:
 
 async def drain(call: Call[None]) -> WorkerView:
     return await call.plane.workers.drain(call.namespace, call.parameters["session"])
-
-
-def _check_sync(request: SyncRequest, session: str) -> None:
-    if request.session != session:
-        raise InvalidRequest("the body names another session than the path", field="session")
-    if not 0 <= request.want <= MAX_CLAIM:
-        raise InvalidRequest(f"want is {request.want}; 0 to {MAX_CLAIM} is allowed", field="want")
-    if request.wait < 0:
-        raise InvalidRequest(f"wait is {request.wait:g} s; 0 or more is allowed", field="wait")
 
 
 SYNC = Operation(routes.SYNC, sync)

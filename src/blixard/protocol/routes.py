@@ -56,6 +56,9 @@ MSGPACK = "application/msgpack"
 PROBLEM_JSON = "application/problem+json"
 BLOB = "application/octet-stream"
 
+Position = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+"""A place in a listing: what a store and a JSON reader can both count to."""
+
 Q = TypeVar("Q")
 """What a route takes as its body."""
 R = TypeVar("R")
@@ -76,24 +79,24 @@ class JobsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     batch: str | None = None
     since: dt.datetime | None = None
     until: dt.datetime | None = None
-    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_LIST_JOBS)] = 100
+    limit: int = 100
     cursor: str | None = None
 
 
 class LogsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """``attempt`` is the newest if left out. ``wait`` seconds for output behind ``offset``, at most 60."""
+    """``attempt`` is the newest if left out. ``wait`` seconds for output behind ``offset``; more than 60 are 60."""
 
-    attempt: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    offset: Annotated[int, msgspec.Meta(ge=0)] = 0
-    wait: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    attempt: int | None = None
+    offset: Position = 0
+    wait: float = 0.0
 
 
 class ResultsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Results behind position ``after``; ``wait`` seconds for one if there is none, at most 60."""
+    """Results behind position ``after``; ``wait`` seconds for one if there is none; more than 60 are 60."""
 
-    after: Annotated[int, msgspec.Meta(ge=0)] = 0
-    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_LIST_JOBS)] = MAX_LIST_JOBS
-    wait: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    after: Position = 0
+    limit: int = MAX_LIST_JOBS
+    wait: float = 0.0
 
 
 Query = type[NoQuery] | type[JobsQuery] | type[LogsQuery] | type[ResultsQuery]

@@ -33,7 +33,7 @@ bench: ## Run the benchmarks; figures go to standard output
 docs: reference ## Bring the generated reference up to date and run every example in README and docs
 	@venv="$$(scripts/venv dev)"; "$$venv/bin/python" -m pytest -q tests/integration/test_docs.py
 
-reference: ## Write CONFIGURATION.md and config/default.toml from the settings
+reference: ## Write CONFIGURATION.md, config/default.toml and docs/reference/cli.md from the code
 	@venv="$$(scripts/venv dev)"; scripts/write-reference "$$venv"
 
 lock: ## Pin the newest versions of all dependencies in scripts/constraints.txt

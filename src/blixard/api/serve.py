@@ -1,0 +1,73 @@
+"""`blixard serve`: the server with its signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+from blixard.api.server import Listening, Server
+from blixard.config.settings import Settings
+
+EXIT_STOPPED = 0
+EXIT_AT_ONCE = 130
+"""As a shell reports a program ended by Ctrl-C."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+async def serve(settings: Settings, on_ready: Callable[[Listening], None], *, server: Server | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C and return the exit code: 0 after a clean stop, 130 when a second signal cut it short.
+
+    ``on_ready`` hears where the server listens. Raises what ``Server.start`` raises. The main thread's event loop only.
+    """
+    server = server or Server(settings)
+    stop = asyncio.Event()
+    work = asyncio.create_task(_run(server, on_ready, stop), name="serve")
+    with _signals(stop, work):
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not stop.is_set() or not work.cancelled():
+                raise
+            return EXIT_AT_ONCE
+    return EXIT_STOPPED
+
+
+async def _run(server: Server, on_ready: Callable[[Listening], None], stop: asyncio.Event) -> None:
+    stopped = asyncio.create_task(stop.wait(), name="stop")
+    starting = asyncio.create_task(server.start(), name="starting")
+    tasks: list[asyncio.Task[object]] = [stopped, starting]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            on_ready(starting.result())
+            broken = asyncio.create_task(server.broken(), name="broken")
+            tasks.append(broken)
+            await asyncio.wait({stopped, broken}, return_when=asyncio.FIRST_COMPLETED)
+            if broken.done():
+                broken.result()
+        await server.stop()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _signals(stop: asyncio.Event, work: asyncio.Task[None]) -> Iterator[None]:
+    """The first signal stops in order; the second ends at once: the worker dies with us, the store is safe at any moment."""
+    loop = asyncio.get_running_loop()
+
+    def hear() -> None:
+        if stop.is_set():
+            work.cancel()
+        stop.set()
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, hear)
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)

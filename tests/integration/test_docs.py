@@ -199,6 +199,13 @@ def test_every_limit_is_documented_with_its_value() -> None:
     assert [name for name, value in wanted.items() if f"| `{name}` | {value:,} |" not in page] == []
 
 
+def test_every_check_of_a_promise_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "PROMISES.md").read_text())
+    assert named
+    for path, function in named:
+        assert not function or f"def {function}(" in (ROOT / path).read_text(), f"{path}::{function}"
+
+
 def test_the_command_line_reference_is_up_to_date() -> None:
     program = [sys.executable, str(ROOT / "scripts/cli-reference")]
     text = subprocess.run(program, capture_output=True, text=True, check=True, timeout=DEADLINE).stdout

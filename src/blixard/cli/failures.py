@@ -86,7 +86,9 @@ def _usage_text(error: BaseException) -> int | None:
         print(error.format_message(), file=sys.stderr)
         return USAGE
     path = context.command_path if context is not None else "blixard"
-    show_error(_lower_first(error.format_message()), _usage_hint(error, path))
+    # Typer passes on what its validation library says, prefix included, and lists choices over several lines.
+    message = " ".join(error.format_message().replace("Value error, ", "").split())
+    show_error(_lower_first(message), _usage_hint(error, path))
     return error.exit_code
 
 

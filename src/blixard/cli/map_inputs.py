@@ -12,7 +12,6 @@ from typing import BinaryIO
 
 import msgspec
 
-from blixard.cli.submission import encode_arguments
 from blixard.domain.grants import InputFile, check_input_path
 from blixard.domain.limits import MAX_ARGUMENTS_BYTES, MAX_BLOB_BYTES, MIB
 from blixard.domain.requirements import Isolation
@@ -29,7 +28,7 @@ class MapInput(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def arguments(self) -> bytes:
-        return encode_arguments([[self.line], {}])
+        return msgspec.json.encode([[self.line], {}])
 
     @property
     def place(self) -> str:
@@ -77,12 +76,6 @@ class MapInputs:
 
 
 def _read_line(line: bytes, number: int, *, with_files: bool, isolation: Isolation) -> MapInput:
-    if len(line) > MAX_ARGUMENTS_BYTES:
-        raise LimitExceeded(
-            f"line {number} of the list has over {MAX_ARGUMENTS_BYTES // MIB} MiB (MAX_ARGUMENTS_BYTES)",
-            field="list",
-            hint="put the data into a file, its name into the list, and use --files",
-        )
     try:
         text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:
@@ -91,6 +84,12 @@ def _read_line(line: bytes, number: int, *, with_files: bool, isolation: Isolati
             field="list",
             hint="convert the list to UTF-8",
         ) from error
+    if len(line) > MAX_ARGUMENTS_BYTES or len(MapInput(text).arguments) > MAX_ARGUMENTS_BYTES:
+        raise LimitExceeded(
+            f"line {number} of the list has over {MAX_ARGUMENTS_BYTES // MIB} MiB as JSON (MAX_ARGUMENTS_BYTES)",
+            field="list",
+            hint="put the data into a file, its name into the list, and use --files",
+        )
     if not with_files or not text or "\0" in text or not Path(text).is_file():
         return MapInput(text)
     _check_place(text, number, isolation)

@@ -203,6 +203,8 @@ async def _follow(client: AsyncClient, detail: JobDetail, show: Callable[[LogEnt
     if detail.state.is_terminal:
         await follower.finish(detail.attempt)
         return 0
+    if detail.attempt == 0:
+        note(f"{detail.id} is {detail.state}; `blixard why {detail.id}` says what it waits for")
     with catch_signals() as interrupt:
         tasks = [
             asyncio.create_task(follower.follow(), name="logs: follow"),
@@ -225,7 +227,9 @@ async def _follow(client: AsyncClient, detail: JobDetail, show: Callable[[LogEnt
 
 async def _until_ended(client: AsyncClient, job_id: str) -> None:
     """Look at the job now and then. Waiting for its result would make an embedded client run it: looking changes nothing."""
-    while not (await client.job(job_id)).state.is_terminal:
+    while True:
+        if (await client.job(job_id)).state.is_terminal:
+            return
         await asyncio.sleep(LOOK_SECONDS)
 
 

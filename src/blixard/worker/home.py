@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blixard.domain.ids import new_id
 from blixard.errors import Conflict
-from blixard.storage.locks import FileLock
+from blixard.storage.locks import FileLock, is_free
 
 
 class WorkerHome:
@@ -71,9 +71,11 @@ def remove_leftovers(scratch: Path) -> int:
     """Remove the directories of worker processes that are gone with all of their jobs; return how many."""
     removed = 0
     for path in scratch.glob("home_*.lock"):
+        if not is_free(path):
+            continue
         try:
             lock = FileLock.acquire(path)
-        except Conflict:
+        except Conflict:  # another worker that starts removes it
             continue
         shutil.rmtree(path.with_suffix(""), ignore_errors=True)
         lock.release(remove=True)

@@ -51,6 +51,7 @@ strongest layer that sets it gives all of it.
 | `CONFIG_FILE` | a TOML file, layer 3 |
 | `BLIXARD_SERVER` | short form of `BLIXARD_SERVER__URL` |
 | `BLIXARD_TOKEN` | short form of `BLIXARD_SERVER__TOKEN` |
+| `BLIXARD_DEBUG` | `1` shows tracebacks of bugs, like `--verbose`; never read as a setting |
 | `BLIXARD_JOB_ID`, `BLIXARD_ATTEMPT`, `BLIXARD_NAMESPACE` | set for every job; never read as settings |
 | `BLIXARD_CACHE` | where `make` keeps its virtual environments; never read as a setting |
 """

@@ -21,6 +21,7 @@ FOREIGN_VARIABLES = frozenset(
         "BLIXARD_ATTEMPT",
         "BLIXARD_NAMESPACE",
         "BLIXARD_CACHE",  # the Makefile's
+        "BLIXARD_DEBUG",  # the command line's
     }
 )
 """Variables of ours that are not settings."""

@@ -66,6 +66,8 @@ MAX_RUNS_PER_EXECUTOR = 5_000
 INTERRUPT_SECONDS = 0.05
 """How long a guest may take to notice the epoch before its executor is killed: it may sit in a host call."""
 STARTED_AFTER_SECONDS = 0.005
+MAX_SETUP_SECONDS = 60.0
+"""For a sandbox to be made; only then does the job's own timeout begin."""
 MAX_COMPILE_CPU_SECONDS = 120
 MAX_COMPILE_SECONDS = 300.0
 MAX_COMPILE_BYTES = 8192 * MIB
@@ -106,6 +108,7 @@ class _Run:
         self._loop = loop
         self._cap = request.max_output_bytes
         self._timers: list[asyncio.TimerHandle] = []
+        self._setup: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
         self._child.gone.add_done_callback(self._child_gone)
@@ -113,6 +116,9 @@ class _Run:
         if not self._request.announce:
             self._timers.append(self._loop.call_later(STARTED_AFTER_SECONDS, self._tell_started))
             self._watch_time()
+        else:
+            self._setup = self._loop.call_later(MAX_SETUP_SECONDS, self._child.kill)
+            self._timers.append(self._setup)
 
     def finish(self) -> None:
         self._child.gone.remove_done_callback(self._child_gone)
@@ -149,6 +155,8 @@ class _Run:
             if not self.report.done():
                 self.report.set_result(report)
         elif tag is Tag.STARTED:
+            if self._setup is not None:
+                self._setup.cancel()
             self._watch_time()
             self._tell_started()
         else:
@@ -188,6 +196,10 @@ class WasmBackend:
     @property
     def cache(self) -> ModuleCache:
         return self._cache
+
+    @property
+    def host(self) -> ZygoteHost:
+        return self._host
 
     def info(self) -> BackendInfo:
         if self._info is None:
@@ -245,7 +257,8 @@ class WasmBackend:
             return await self._run_attempt(attempt)
         except JobRefused as refusal:
             return msgspec.structs.replace(refused(refusal.error), finished_at=now())
-        except ZygoteLost as error:
+        except (ZygoteLost, OSError) as error:
+            # A full disk, no processes left: the machine's trouble, not the job's.
             return msgspec.structs.replace(lost(str(error)), finished_at=now())
         finally:
             self._release_slot()
@@ -291,6 +304,12 @@ class WasmBackend:
             raise refuse(
                 "NotSupportedHere", self.info().missing.get(isolation, f"no {isolation} isolation for Wasm here")
             )
+        outcome = await self._run_once(attempt, payload)
+        # An artefact may be evicted, or spoiled, between the check and its use: then it is made again, once.
+        return outcome or await self._run_once(attempt, payload) or lost("the compiled module cannot be used")
+
+    async def _run_once(self, attempt: _Attempt, payload: WasmPayload) -> Outcome | None:
+        """Return how the job ended; None if its artefact could not be used and nothing has run."""
         module = await self._find_module(attempt, payload)
         if module is None:
             return self._stopped_outcome(attempt)
@@ -354,11 +373,12 @@ class WasmBackend:
             fuel=self._settings.wasm_fuel,
             max_output_bytes=execution.spec.max_output_bytes,
             room=room,
-            announce=room is not None,
         )
 
-    async def _run_request(self, attempt: _Attempt, module: CompiledModule, request: RunRequest) -> Outcome:
+    async def _run_request(self, attempt: _Attempt, module: CompiledModule, request: RunRequest) -> Outcome | None:
         child = self._hire(request)
+        if not child.runs:  # it must be forked first, perhaps from a zygote that must start: the job has not begun
+            request = msgspec.structs.replace(request, announce=True)
         loop = asyncio.get_running_loop()
         attempt.run = run = _Run(attempt, child, request, loop)
         attempt.began = True
@@ -375,6 +395,7 @@ class WasmBackend:
             await self._retire(child, reuse=healthy and request.room is None)
         if report is not None and report.error == "ArtefactUnusable":
             self._cache.forget(module)
+            return None
         return self._conclude(attempt, run, report, child)
 
     def _hire(self, request: RunRequest) -> Child:

@@ -29,6 +29,7 @@ from blixard.backends.wasm.wire import (
     frame,
 )
 
+_ENVIRONMENT = frozenset({"PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"})
 _PACKET_BYTES = 65536
 _READ_BYTES = 1 << 16
 FrameHandler = Callable[[Tag, bytes], None]
@@ -196,7 +197,9 @@ class ZygoteHost:
         command = [sys.executable, "-P", "-m", "blixard.backends.wasm.zygote", str(control), str(int(self._fuel))]
         if self._lock_fd is not None:
             command.append(str(self._lock_fd))
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=files)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=files, env=_environment()
+        )
 
     def spawn(self, limits: Limits, files: Sequence[int] = ()) -> Child:
         """Ask for one child that gets ``files`` (the caller keeps and closes its own). Raises ``ZygoteLost``."""
@@ -274,6 +277,11 @@ class ZygoteHost:
             child.kill()
             self._forget(child, -signal.SIGKILL)
         self._lost.set()
+
+
+def _environment() -> dict[str, str]:
+    """Return what an interpreter needs to start: a runtime that a guest has broken out of finds no secrets of ours."""
+    return {name: value for name, value in os.environ.items() if name in _ENVIRONMENT}
 
 
 def _kill(pidfd: int, number: signal.Signals) -> None:

@@ -1,0 +1,15 @@
+;; Exported functions of every number type; no imports.
+(module
+  (memory (export "memory") 1)
+  (global $ready (mut i32) (i32.const 0))
+  (func (export "_initialize") (global.set $ready (i32.const 7)))
+  (func (export "ready") (result i32) (global.get $ready))
+  (func (export "add") (param i32 i32) (result i32) (i32.add (local.get 0) (local.get 1)))
+  (func (export "add64") (param i64 i64) (result i64) (i64.add (local.get 0) (local.get 1)))
+  (func (export "half") (param f64) (result f64) (f64.div (local.get 0) (f64.const 2)))
+  (func (export "single") (param f32) (result f32) (local.get 0))
+  (func (export "divide") (param f64 f64) (result f64) (f64.div (local.get 0) (local.get 1)))
+  (func (export "swap") (param i32 f64) (result f64 i32) (local.get 1) (local.get 0))
+  (func (export "nothing"))
+  (func (export "reference") (param externref) (result i32) (i32.const 1))
+  (func (export "quotient") (param i32 i32) (result i32) (i32.div_s (local.get 0) (local.get 1))))

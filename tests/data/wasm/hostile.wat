@@ -1,0 +1,53 @@
+;; What a guest may try against its executor. Each export is one attempt.
+(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (import "wasi_snapshot_preview1" "random_get" (func $random (param i32 i32) (result i32)))
+  (memory (export "memory") 2)
+  (table $table 1 funcref)
+  (data (i32.const 1024) "flood flood flood flood flood flood flood flood flood flood flo\n")
+  (func (export "spin") (loop $again (br $again)))
+  (func $deeper (export "recurse") (param i64) (result i64)
+    (i64.add (call $deeper (i64.add (local.get 0) (i64.const 1))) (i64.const 1)))
+  ;; Grows page by page and touches each; returns the pages it got.
+  (func (export "grow") (result i32) (local $old i32)
+    (loop $again
+      (local.set $old (memory.grow (i32.const 16)))
+      (if (i32.ne (local.get $old) (i32.const -1))
+        (then
+          (memory.fill (i32.mul (local.get $old) (i32.const 65536)) (i32.const 1) (i32.const 1048576))
+          (br $again))))
+    (memory.size))
+  (func (export "grow_table") (result i32)
+    (table.grow $table (ref.null func) (i32.const 100000000)))
+  (func (export "flood") (param $lines i32)
+    (i32.store (i32.const 0) (i32.const 1024))
+    (i32.store (i32.const 4) (i32.const 64))
+    (loop $again
+      (drop (call $fd_write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))
+      (local.set $lines (i32.sub (local.get $lines) (i32.const 1)))
+      (br_if $again (local.get $lines))))
+  ;; One write whose buffers are each the whole memory, a thousand times over.
+  (func (export "one_huge_write") (result i32) (local $n i32)
+    (loop $again
+      (i32.store (i32.mul (local.get $n) (i32.const 8)) (i32.const 0))
+      (i32.store offset=4 (i32.mul (local.get $n) (i32.const 8)) (i32.const 131072))
+      (local.set $n (i32.add (local.get $n) (i32.const 1)))
+      (br_if $again (i32.lt_u (local.get $n) (i32.const 1000))))
+    (call $fd_write (i32.const 1) (i32.const 0) (i32.const 1000) (i32.const 131000)))
+  ;; Sleeps for an hour inside one host call, where no epoch reaches it.
+  (func (export "sleep")
+    (i64.store (i32.const 0) (i64.const 1))
+    (i32.store8 (i32.const 8) (i32.const 0))
+    (i32.store (i32.const 16) (i32.const 1))
+    (i64.store (i32.const 24) (i64.const 3600000000000))
+    (i64.store (i32.const 32) (i64.const 1))
+    (i32.store16 (i32.const 40) (i32.const 0))
+    (drop (call $poll (i32.const 0) (i32.const 512) (i32.const 1) (i32.const 768))))
+  (func (export "exit") (param i32) (call $exit (local.get 0)))
+  (func (export "unreachable") (unreachable))
+  (func (export "read_outside") (result i32) (i32.load (i32.const 0x7fffffff)))
+  (func (export "host_call_outside") (result i32) (call $random (i32.const 0x7ffffff0) (i32.const 0x10000)))
+  (func (export "call_null") (call_indirect $table (i32.const 0)))
+  (func (export "fine") (result i32) (i32.const 42)))

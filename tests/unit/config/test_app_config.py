@@ -214,7 +214,8 @@ def test_two_variables_for_one_setting_must_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["BLIXARD_JOB_ID", "BLIXARD_ATTEMPT", "BLIXARD_NAMESPACE", "BLIXARD_CACHE", "BLIXARD_DEBUG", "BLIXARD_DEPLOYED_BY"]
+    "name",
+    ["BLIXARD_JOB_ID", "BLIXARD_ATTEMPT", "BLIXARD_NAMESPACE", "BLIXARD_CACHE", "BLIXARD_DEBUG", "BLIXARD_DEPLOYED_BY"],
 )
 def test_variables_that_are_not_settings_are_left_alone(name: str, tmp_path: Path) -> None:
     assert load(tmp_path, **{name: "x"}).settings == Settings()

@@ -11,7 +11,6 @@ MAX_INLINE_BYTES = 64 * 1024
 MAX_DESCRIPTORS = 8
 _IN_MEMORY = b"M"
 _ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
-_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
 
 
 def packet_pair() -> tuple[socket.socket, socket.socket]:
@@ -37,10 +36,14 @@ def send_packet(sock: socket.socket, data: bytes, descriptors: tuple[int, ...] =
 
 
 class PacketReader:
-    """Receives packets; owns one buffer for all of them."""
+    """Receives packets; owns one buffer for all of them.
 
-    def __init__(self, sock: socket.socket) -> None:
+    ``is_hasty`` never waits, on a blocking socket neither: blocking or not is a matter of all copies of a socket.
+    """
+
+    def __init__(self, sock: socket.socket, *, is_hasty: bool = False) -> None:
         self._socket = sock
+        self._flags = socket.MSG_CMSG_CLOEXEC | (socket.MSG_DONTWAIT if is_hasty else 0)
         self._buffer = bytearray(MAX_INLINE_BYTES + 4096)
         self._view = memoryview(self._buffer)
         self._buffers = [self._buffer]
@@ -51,7 +54,7 @@ class PacketReader:
         The packet is valid until the next call. Raises ``BlockingIOError`` when a non-blocking socket has nothing.
         """
         try:
-            size, ancillary, _, _ = self._socket.recvmsg_into(self._buffers, _ANCILLARY, _RECEIVE_FLAGS)
+            size, ancillary, _, _ = self._socket.recvmsg_into(self._buffers, _ANCILLARY, self._flags)
         except ConnectionError:
             return None
         if not ancillary:

@@ -65,6 +65,8 @@ class Runner:
         self.is_ending = False
         """Takes no more calls: it was told to end, or said that it will."""
         self.has_begun = False
+        """The job's process exists."""
+        self.has_answered = False
         self._held: tuple[Attempt, Answer] | None = None
         self._control: socket.socket | None = None
         self._channel: socket.socket | None = None
@@ -138,8 +140,7 @@ class Runner:
         if self._far_end is None:
             return []
         numbers = set()
-        self._far_end.setblocking(False)
-        reader = PacketReader(self._far_end)
+        reader = PacketReader(self._far_end, is_hasty=True)
         with contextlib.suppress(BlockingIOError):
             while (received := reader.receive()) is not None:
                 numbers.add(decode_call(received[0]).number)
@@ -168,6 +169,7 @@ class Runner:
 
     def _take_answer(self, answer: Answer) -> None:
         attempt = self.sent.popleft()
+        self.has_answered = True
         assert attempt.number == answer.number, "an executor answers in the order of the calls"
         self.head_since = self._loop.time()
         self._read_native_output(attempt, answer)

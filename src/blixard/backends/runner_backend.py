@@ -92,6 +92,10 @@ class RunnerBackend(abc.ABC):
     def plan(self, execution: Execution) -> Plan:
         """Say how to run the attempt. Raises ``Refused``. Called for every attempt that cannot share the plan of its spec."""
 
+    def amend(self, execution: Execution, outcome: Outcome) -> Outcome:  # noqa: ARG002 -- for subclasses that know more
+        """Return the outcome as it is to be told. Called once per attempt, when nothing of it is left."""
+        return outcome
+
     def new_directory(self) -> str:
         """Return the path of a private directory for one runner; its supervisor makes and removes it."""
         self._directories += 1
@@ -353,7 +357,8 @@ class RunnerBackend(abc.ABC):
         self._alive.discard(runner)
         with contextlib.suppress(ValueError):
             self._executors.remove(runner)
-        self._requeue(unread, count=True)
+        # An executor that ended without having taken any call cannot be blamed on a job, but it must not go on for ever.
+        self._requeue(unread, count=not runner.sent and not runner.has_answered)
         for attempt in runner.sent:
             self._runners.pop(attempt, None)
             self._finish_without_answer(attempt, runner, end)
@@ -405,7 +410,7 @@ class RunnerBackend(abc.ABC):
     def _finish(self, attempt: Attempt, outcome: Outcome) -> None:
         if self._attempts.get(attempt.execution.ref) is attempt:
             del self._attempts[attempt.execution.ref]
-        attempt.finish(outcome)
+        attempt.finish(self.amend(attempt.execution, outcome))
 
     # -- the tick -----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 from blixard.backends.executor.calls import Ending, FunctionCaller, run_script
 from blixard.backends.executor.messages import Answer, Call, Task, decode_call, decode_task, encode
 from blixard.backends.executor.output import Streams
-from blixard.backends.executor.traces import Environment, Surroundings, unread_bytes
+from blixard.backends.executor.traces import Environment, Surroundings, unread_bytes, wait_until_read
 from blixard.backends.packets import PacketReader, send_packet
 from blixard.backends.workspace import place_inputs
 from blixard.backends.zygote.kernel import adopt_orphans
@@ -60,6 +60,8 @@ class Executor:
             if answer.retire is not None:
                 self._calls_left = 0
             send_packet(self._channel, encode(answer))
+            if answer.native_stdout or answer.native_stderr:
+                wait_until_read((1, 2))  # else the next call's output could not be told from this one's
 
     def _run(self, call: Call) -> Answer:
         task, caller = self._find(call.task)

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from array import array
 
 from blixard.backends.workspace import empty_directory
@@ -22,6 +23,7 @@ MAX_GROWTH_KB = 256 * 1024
 MAX_NEW_DESCRIPTORS = 64
 """An executor with more new open files than that is replaced: somebody does not close them."""
 UMASK = 0o022
+_LOOK_SECONDS = 0.0002
 _FIONREAD = 0x541B  # asm-generic/ioctls.h; Python's termios has it under the same name
 _SIGNALS = tuple(n for n in range(1, _signal.NSIG) if n in {int(s) for s in signal.valid_signals()})
 _LIMITS = tuple(sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")}))
@@ -137,6 +139,12 @@ def unread_bytes(descriptor: int) -> int:
     except OSError:
         return 0  # the job closed or replaced it
     return count[0]
+
+
+def wait_until_read(descriptors: tuple[int, ...]) -> None:
+    """Return when the backend has emptied these pipes. It does so when it hears the answer; nothing announces it here."""
+    while any(map(unread_bytes, descriptors)):
+        time.sleep(_LOOK_SECONDS)
 
 
 def _has_children() -> bool:

@@ -97,7 +97,10 @@ def _read_mounts() -> str:
 def make_private_directory(path: Path) -> None:
     """Create ``path`` and its missing parents, readable by the owner only. Raises ``StoreUnavailable`` saying why not."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Not mkdir(parents=True): that gives the mode to the last directory only.
+        for missing in reversed([each for each in (path, *path.parents) if not each.exists()]):
+            missing.mkdir(mode=0o700, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise StoreUnavailable(
             f"the data directory {path} cannot be created: {error.strerror}",

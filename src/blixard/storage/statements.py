@@ -19,7 +19,7 @@ from importlib.resources.abc import Traversable
 from blixard.errors import InternalError
 from blixard.storage.database import Statement
 
-_NAME = re.compile(r"-- name: (?P<name>.*)")
+_NAME = re.compile(r"-- name:(?P<name>.*)")
 _GOOD_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _QUICK = "-- quick"
 _TOKEN = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/|;", re.DOTALL)
@@ -76,7 +76,7 @@ def parse_statements(text: str, *, source: str) -> list[Statement]:
     for number, line in enumerate(text.splitlines(), start=1):
         match = _NAME.fullmatch(line.rstrip())
         if match:
-            blocks.append((match["name"], []))
+            blocks.append((match["name"].strip(), []))
         elif blocks:
             blocks[-1][1].append(line)
         elif line.strip() and not line.startswith("--"):

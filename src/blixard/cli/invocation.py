@@ -48,7 +48,11 @@ class Invocation:
         if self._connect is not None:
             return self._connect(self.config)
         from blixard.client import open_client
+        from blixard.telemetry import configure_logging
 
+        log = self.config.settings.log
+        # A command's own words are its output; of the machinery below only trouble is worth a line.
+        configure_logging("debug" if self.verbose else "warning", log.format)
         return open_client(self.config.settings)
 
     def run(self, work: Coroutine[object, object, T]) -> T:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import enum
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    MaybeJson = msgspec.Raw | None
+else:
+    # msgspec decodes Raw only outside of unions. So None never travels: structs with such a field omit it (omit_defaults).
+    MaybeJson = msgspec.Raw
 
 
 class OutcomeKind(enum.StrEnum):
@@ -41,7 +48,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     started_at: int | None = None
     finished_at: int | None = None
     exit_code: int | None = None
-    result: msgspec.Raw | None = None
+    result: MaybeJson = None
     result_blob: str | None = None
     error: AttemptError | None = None
     output_bytes: int = 0

@@ -8,7 +8,7 @@ import msgspec
 
 from blixard.domain.event import EventType
 from blixard.domain.job import NewJob
-from blixard.domain.outcome import AttemptError, OutcomeKind
+from blixard.domain.outcome import AttemptError, MaybeJson, OutcomeKind
 from blixard.domain.payload import Runtime
 from blixard.domain.requirements import Isolation
 from blixard.domain.spec import JobSpec
@@ -88,13 +88,14 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     cancel_requested: bool
 
 
-class JobDetail(JobView, frozen=True, kw_only=True):
+class JobDetail(JobView, frozen=True, kw_only=True, omit_defaults=True):
     """Everything about one job but its events. The values of the spec's environment are masked."""
 
     spec: JobSpec
     arguments: msgspec.Raw
     arguments_blob: str | None
-    result: msgspec.Raw | None
+    result: MaybeJson = None
+    """Absent: no result, or it is a blob."""
     result_blob: str | None
     attempts: list[AttemptView]
 
@@ -130,14 +131,14 @@ class JobFilter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     until: dt.datetime | None = None
 
 
-class JobResult(msgspec.Struct, frozen=True, kw_only=True):
+class JobResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An ended job as one who waits for it needs it. ``index`` is its place in its batch."""
 
     id: str
     state: JobState
     outcome: OutcomeKind | None
     exit_code: int | None
-    result: msgspec.Raw | None = None
+    result: MaybeJson = None
     result_blob: str | None = None
     error: AttemptError | None = None
     attempt: int = 0

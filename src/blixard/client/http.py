@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Self
 
+import httpx
 import msgspec
 
 from blixard.client.http_link import Content, HttpLink, ServerAddress
@@ -48,8 +49,9 @@ POLL_SECONDS = 30.0
 class HttpClient:
     """``AsyncClient`` on a server. Ids are made here, before the first try, so that a repeated write is the same write."""
 
-    def __init__(self, address: ServerAddress) -> None:
-        self._link = HttpLink(address)
+    def __init__(self, address: ServerAddress, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        """``transport`` replaces the one that the address calls for, such as a double in tests."""
+        self._link = HttpLink(address, transport)
 
     async def __aenter__(self) -> Self:
         await self._link.open()

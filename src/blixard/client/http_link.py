@@ -53,9 +53,11 @@ class ServerAddress:
 class HttpLink:
     """Use as ``async with``. Serves many concurrent calls on one event loop."""
 
-    def __init__(self, address: ServerAddress) -> None:
+    def __init__(self, address: ServerAddress, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        """``transport`` replaces the one that the address calls for, such as a double in tests."""
         _check_url(address.url)
         self._address = address
+        self._transport = transport
         self._decoders: dict[str, msgspec.json.Decoder[Any]] = {}  # Any: one decoder per type of reply
         self._client: httpx.AsyncClient | None = None
 
@@ -63,8 +65,9 @@ class HttpLink:
         """Make the pool; connects with the first call. Allowed twice."""
         if self._client is None:
             headers = {"Authorization": f"Bearer {self._address.token}"} if self._address.token else {}
+            transport = self._transport or _transport(self._address)
             self._client = httpx.AsyncClient(
-                base_url=self._address.url, transport=_transport(self._address), headers=headers, timeout=_timeout(0.0)
+                base_url=self._address.url, transport=transport, headers=headers, timeout=_timeout(0.0)
             )
 
     async def close(self) -> None:

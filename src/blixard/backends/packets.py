@@ -76,10 +76,12 @@ def _memory_file(data: bytes) -> int:
 def _content(memory: int) -> bytes:
     try:
         size = os.fstat(memory).st_size
-        parts = []
-        while size > sum(map(len, parts)):
-            parts.append(os.pread(memory, size, sum(map(len, parts))))
-        return b"".join(parts)
+        data = bytearray(size)
+        view = memoryview(data)
+        done = 0
+        while done < size:
+            done += os.preadv(memory, [view[done:]], done)
+        return bytes(data)
     finally:
         os.close(memory)
 

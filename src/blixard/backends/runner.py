@@ -181,13 +181,12 @@ class Runner:
 
     def _read_native_output(self, attempt: Attempt, answer: Answer) -> None:
         for stream, count in ((Stream.STDOUT, answer.native_stdout), (Stream.STDERR, answer.native_stderr)):
-            while count > 0:
-                try:
-                    data = os.read(self._pipes[stream], min(count, _READ_BYTES))
-                except BlockingIOError:
-                    break  # the tick has read it meanwhile
-                count -= len(data)
-                attempt.write(stream, data)
+            left = count
+            with contextlib.suppress(BlockingIOError):  # while we listen to the pipe, some of it has been read already
+                while left > 0:
+                    data = os.read(self._pipes[stream], min(left, _READ_BYTES))
+                    left -= len(data)
+                    attempt.write(stream, data)
 
     # -- output of native code and child processes --------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Refused(Exception):
-    """This attempt cannot be run as it stands; the outcome says why."""
+    """An attempt cannot be run as it stands; the outcome says why."""
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome.error)

@@ -41,7 +41,7 @@ def root() -> Iterator[Path]:
 def settings(harness: BackendHarness, root: Path) -> BackendSettings:
     scratch = root / "scratch"
     scratch.mkdir(mode=0o700)
-    return BackendSettings(scratch=scratch, slots=2, grace_seconds=1.0, **harness.settings)
+    return BackendSettings(scratch=scratch, slots=2, grace_seconds=3.0, **harness.settings)
 
 
 @pytest.fixture

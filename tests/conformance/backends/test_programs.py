@@ -142,9 +142,22 @@ async def test_nothing_of_the_worker_s_environment_is_inherited(rig: Rig) -> Non
     assert {name for name in seen if not name.startswith("BLIXARD_")} <= usual
 
 
+PRIVATE_DIRECTORIES = """
+import os, tempfile
+for name in ("HOME", "TMPDIR"):
+    directory = os.environ[name]
+    assert os.listdir(directory) == [], (name, os.listdir(directory))
+    open(directory + "/x", "w").close()
+assert os.environ["LANG"] == "C.UTF-8"
+assert os.environ["PATH"]
+with tempfile.NamedTemporaryFile() as file:
+    assert file.name.startswith(os.environ["TMPDIR"])
+"""
+
+
 @pytest.mark.requires(Capability.ENVIRONMENT_PATHS)
 async def test_home_and_tmpdir_are_private_and_writable(rig: Rig) -> None:
-    source = "import os, tempfile\nfor name in ('HOME', 'TMPDIR'):\n    d = os.environ[name]; assert os.listdir(d) == [], (name, os.listdir(d)); open(d + '/x', 'w').write('x')\nassert os.environ['LANG'] == 'C.UTF-8' and os.environ['PATH']\nwith tempfile.NamedTemporaryFile() as f: assert f.name.startswith(os.environ['TMPDIR'])\n"
+    source = PRIVATE_DIRECTORIES
     for _ in range(3):
         outcome, heard = await rig.run(rig.program(source))
         assert outcome.kind is OutcomeKind.COMPLETED, heard.stderr
@@ -272,9 +285,20 @@ async def test_a_cancelled_program_ends(rig: Rig) -> None:
     assert (await running.end()).kind is OutcomeKind.CANCELLED
 
 
+CLEAN_UP = """
+import signal, sys, time
+def stop(*_):
+    print("cleaned", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+while True: time.sleep(0.05)
+"""
+
+
 @pytest.mark.requires(Capability.SIGNALS)
 async def test_a_cancelled_program_can_clean_up(rig: Rig) -> None:
-    source = "import signal, sys, time\ndef stop(*_):\n    print('cleaned', flush=True); sys.exit(0)\nsignal.signal(signal.SIGTERM, stop)\nprint('ready', flush=True)\nwhile True: time.sleep(0.05)\n"
+    source = CLEAN_UP
     running = rig.begin(rig.program(source))
     await running.observer.wait_for_output("ready")
     rig.backend.interrupt(running.ref, StopReason.CANCEL)

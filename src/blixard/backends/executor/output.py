@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import socket
 import sys
@@ -73,7 +74,6 @@ class Streams:
 
 
 def _flush(stream: object) -> None:
-    try:
+    # The job's own object at the edge of a job: a print into it would have failed the same way.
+    with contextlib.suppress(Exception):
         stream.flush()  # type: ignore[attr-defined]  # a job may put any object there
-    except Exception:  # noqa: S110 -- the job's own object at the edge of a job; a print into it would have failed the same way
-        pass

@@ -1,10 +1,10 @@
 """Started by path, so that the interpreter finds this package whether or not it is installed: ``-I`` leaves out PYTHONPATH."""
 
-import os
 import sys
+from pathlib import Path
 
-sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))))
+sys.path.append(str(Path(__file__).resolve().parents[3]))
 
-from blixard.backends.zygote.server import main  # noqa: E402 -- after the path is set
+from blixard.backends.zygote.server import main
 
 main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from blixard.backends.sandbox import kernel
-from blixard.backends.sandbox.plan import INSIDE_ID
+from blixard.backends.sandbox.plan import INSIDE_ID, UNPRIVILEGED_ID
 
 HIGHEST_ID = 4_294_967_294
 
@@ -65,6 +65,18 @@ class OwnerMaps:
             os.close(release[1])
             os.close(ready[0])
             os.waitpid(child, 0)
+
+
+def make_maps() -> OwnerMaps | None:
+    """Return the maps for jobs of a root worker, with the one for root's own files made; None where none are needed or possible."""
+    if os.geteuid() != 0 or not kernel.has_capability(kernel.CAP_SYS_ADMIN):
+        return None
+    maps = OwnerMaps(UNPRIVILEGED_ID, UNPRIVILEGED_ID)
+    try:
+        maps.descriptor((0, 0))
+    except OSError:
+        return None  # the host allows none: the permissions of the files decide
+    return maps
 
 
 def _hold_new_namespace(ready: tuple[int, int], release: tuple[int, int]) -> None:

@@ -8,7 +8,9 @@ zygote ── supervisor (host's namespaces, holds the session's lock)
 from __future__ import annotations
 
 import importlib
+import math
 import os
+import random
 import resource
 import signal
 import socket
@@ -48,10 +50,16 @@ def enter(
     never returns but ends as the job ends (same exit code, same signal) once every process of the sandbox is gone.
     Raises ``SandboxFailed`` in the calling process if the sandbox cannot be built. ``maps`` is for root only.
     """
+    if maps is None and _needs_maps(plan):
+        maps = OwnerMaps(plan.host_uid, plan.host_gid)
+    if plan.command is not None:
+        from blixard.backends.sandbox import bubblewrap  # it builds on this module
+
+        bubblewrap.enter(plan, hold=hold, maps=maps)
     reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     supervisor = os.getpid()
     try:
-        _stand_apart()
+        stand_apart()
         if not kernel.has_capability(kernel.CAP_SYS_ADMIN):
             enter_user_namespace(os.geteuid(), os.getegid())
         kernel.unshare(kernel.CLONE_NEWPID)
@@ -65,6 +73,10 @@ def enter(
     _run_init(plan, writing, supervisor, {0, 1, 2, *keep}, maps)
 
 
+def _needs_maps(plan: SandboxPlan) -> bool:
+    return any(bind.owner is not None for bind in plan.binds) and kernel.has_capability(kernel.CAP_SYS_ADMIN)
+
+
 def explain(error: Exception) -> str:
     """Say in words what went wrong while a sandbox was built."""
     if isinstance(error, OSError):
@@ -73,12 +85,13 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _stand_apart() -> None:
+def stand_apart() -> None:
     """Signals to the zygote's group are not for us, and ours not for it; die (properly) with the zygote."""
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {KILL_NOW, *FORWARDED})
     if os.getsid(0) != os.getpid():
         os.setsid()
+    signal.set_wakeup_fd(-1)
     kernel.die_with_parent(KILL_NOW)
     if os.getppid() != parent:
         os._exit(1)
@@ -94,7 +107,7 @@ def supervise(init: int, reports: socket.socket, keep: set[int]) -> None:
     for number in (KILL_NOW, *FORWARDED):
         signal.signal(number, forward)
     close_all_but({0, 1, 2, *keep})
-    _let_go_of_standard_streams()
+    let_go_of_standard_streams()
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     while (report := reports.recv(_MAX_REPORT)) == _ALIVE:
         pass
@@ -106,7 +119,7 @@ def supervise(init: int, reports: socket.socket, keep: set[int]) -> None:
     end_like(int(report[1:]) if report else signal.SIGKILL)
 
 
-def _let_go_of_standard_streams() -> None:
+def let_go_of_standard_streams() -> None:
     """Whoever reads the job's output must see its end when the job ends, not when we do."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -178,15 +191,22 @@ def _become_powerless(plan: SandboxPlan, reports: socket.socket) -> None:
 
 def _become_job(plan: SandboxPlan) -> None:
     os.setsid()
-    for number in FORWARDED:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(KILL_NOW, signal.SIG_DFL)
-    set_limits(plan.limits)
-    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    reset_signals(is_program=False)
+    set_limits(plan.limits, own_processes=1)
     if plan.moved_library is not None:
         move_library(*plan.moved_library)
     seccomp.install(plan.seccomp)
+
+
+def reset_signals(*, is_program: bool) -> None:
+    """Handle and block signals as a fresh interpreter does, or (``is_program``) as any other program expects to."""
+    for number in (KILL_NOW, *FORWARDED, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    for number in _PYTHON_IGNORES:
+        signal.signal(number, signal.SIG_DFL if is_program else signal.SIG_IGN)
+    if not is_program:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
 
 
 def move_library(old: str, new: str) -> None:
@@ -199,20 +219,29 @@ def move_library(old: str, new: str) -> None:
     importlib.invalidate_caches()
 
 
-def set_limits(limits: Limits) -> None:
-    """Bound this process and its children. ``processes`` counts those of the sandbox, its init apart."""
+def set_limits(limits: Limits, *, own_processes: int, is_program: bool = False) -> None:
+    """Bound this process and its children. ``own_processes`` of ours count with the job's; a program's memory starts afresh."""
     bounds = [
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, limits.disk),
         (resource.RLIMIT_NOFILE, limits.open_files),
-        (resource.RLIMIT_NPROC, limits.processes + 1),
+        (resource.RLIMIT_NPROC, limits.processes + own_processes),
     ]
     if limits.address_space is not None:
-        bounds.append((resource.RLIMIT_AS, limits.address_space + _mapped_bytes()))
+        bounds.append((resource.RLIMIT_AS, limits.address_space + (0 if is_program else _mapped_bytes())))
     for number, bound in bounds:
         hard = resource.getrlimit(number)[1]
         most = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
         resource.setrlimit(number, (most, most))
+
+    if limits.processors is not None:
+        _bind_to_processors(math.ceil(limits.processors))
+
+
+def _bind_to_processors(count: int) -> None:
+    usable = sorted(os.sched_getaffinity(0))
+    first = random.randrange(len(usable))  # spread jobs over the processors
+    os.sched_setaffinity(0, {usable[(first + i) % len(usable)] for i in range(min(count, len(usable)))})
 
 
 def _mapped_bytes() -> int:
@@ -232,7 +261,7 @@ def _reap(job: int, reports: socket.socket, program: bytes) -> None:
 
     for number in FORWARDED:
         signal.signal(number, forward)
-    _let_go_of_standard_streams()
+    let_go_of_standard_streams()
     close_all_but({0, 1, 2, reports.fileno()})
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     seccomp.install(program)

@@ -41,12 +41,16 @@ class Link(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes, and counts of processes and open files. ``address_space`` is for hosts without a memory cgroup."""
+    """Bytes, and counts of processes and open files.
+
+    ``address_space`` is for hosts without a memory cgroup, ``processors`` (rounded up) for those without a cpu cgroup.
+    """
 
     disk: int
     processes: int
     open_files: int
     address_space: int | None = None
+    processors: float | None = None
     cgroups: tuple[str, ...] = ()
     """Directories of cgroups (one per hierarchy) that the sandbox joins before anything of the job runs."""
 

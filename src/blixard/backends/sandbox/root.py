@@ -108,11 +108,14 @@ class RootBuilder:
         with open(ROOT + target, "w", encoding="utf-8") as file:
             file.write(text)
 
-    def _add_devices(self) -> None:
+    def _attach_devices(self) -> None:
         for name in DEVICES:
             self._attach(
                 kernel.open_place(self._host, f"dev/{name}", 0), f"/dev/{name}", kernel.MOUNT_ATTR_NOSUID, None
             )
+
+    def _add_devices(self) -> None:
+        self._attach_devices()
         for name, points_to in DEVICE_LINKS:
             os.symlink(points_to, f"{ROOT}/dev/{name}")
         os.mkdir(f"{ROOT}/dev/pts")

@@ -16,6 +16,7 @@ import sys
 import threading
 
 from blixard.backends.packets import PacketReader
+from blixard.backends.sandbox.identity import OwnerMaps, make_maps
 from blixard.backends.zygote.kernel import adopt_orphans, die_with_parent, kill_descendants
 from blixard.backends.zygote.messages import READY, Role, SpawnFailed, SpawnRequest, decode_request, encode
 from blixard.backends.zygote.supervisor import Supervisor
@@ -24,6 +25,7 @@ PRELOADED = (
     "asyncio",
     "base64",
     "blixard.backends.executor.main",
+    "blixard.backends.sandbox.bubblewrap",
     "collections",
     "contextlib",
     "csv",
@@ -55,8 +57,9 @@ PRELOADED = (
 
 
 class Zygote:
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, maps: OwnerMaps | None) -> None:
         self._control = control
+        self._maps = maps
         self._reader = PacketReader(control)
         self._supervisors: set[int] = set()
 
@@ -98,7 +101,7 @@ class Zygote:
             return
         if pid == 0:
             self._control.close()
-            Supervisor(request.launch, descriptors).run(zygote)
+            Supervisor(request.launch, descriptors, self._maps).run(zygote)
         self._supervisors.add(pid)
 
     def _refuse(self, control: int, reason: str) -> None:
@@ -144,7 +147,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # pages that the collector never touches stay shared with every fork
     try:
-        Zygote(socket.socket(fileno=control)).serve()
+        Zygote(socket.socket(fileno=control), make_maps()).serve()
     finally:
         kill_descendants()
         os._exit(0)

@@ -18,6 +18,9 @@ from typing import NoReturn
 
 import msgspec
 
+from blixard.backends.sandbox.identity import OwnerMaps
+from blixard.backends.sandbox.namespaces import enter
+from blixard.backends.sandbox.plan import SandboxPlan
 from blixard.backends.workspace import make_directory, place_inputs, remove_tree
 from blixard.backends.zygote.kernel import adopt_orphans, die_with_parent, kill_descendants
 from blixard.backends.zygote.messages import (
@@ -43,8 +46,9 @@ _ABOVE_ALL_GIVEN = 64
 
 
 class Supervisor:
-    def __init__(self, launch: Launch, descriptors: dict[Role, int]) -> None:
+    def __init__(self, launch: Launch, descriptors: dict[Role, int], maps: OwnerMaps | None) -> None:
         self._launch = launch
+        self._maps = maps
         self._descriptors = descriptors
         self._control = socket.socket(fileno=descriptors[Role.CONTROL])
         self._child = 0
@@ -94,7 +98,7 @@ class Supervisor:
         except OSError as error:
             raise _NotStartedError(SpawnFailed("ForkFailed", f"fork: {error.strerror}")) from error
         if self._child == 0:
-            _become_runner(self._launch, self._descriptors, supervisor, writing)
+            _become_runner(self._launch, self._descriptors, supervisor, writing, self._maps)
         os.close(writing)
         for role, descriptor in self._descriptors.items():
             if role is not Role.CONTROL:
@@ -167,7 +171,9 @@ class _NotStartedError(Exception):
         self.message = message
 
 
-def _become_runner(launch: Launch, descriptors: dict[Role, int], supervisor: int, failure: int) -> NoReturn:
+def _become_runner(
+    launch: Launch, descriptors: dict[Role, int], supervisor: int, failure: int, maps: OwnerMaps | None
+) -> NoReturn:
     """Turn the fresh fork into the job's process. Never returns to the supervisor's code."""
     try:
         _reset_signals(launch)
@@ -175,14 +181,15 @@ def _become_runner(launch: Launch, descriptors: dict[Role, int], supervisor: int
         die_with_parent(supervisor, signal.SIGKILL)
         _arrange_descriptors(descriptors, failure)
         if launch.plan is not None:
-            _enter_sandbox(launch.plan, has_channel=Role.CHANNEL in descriptors)
+            _enter_sandbox(launch.plan, maps, has_channel=Role.CHANNEL in descriptors)
         _apply_limits(launch)
         os.umask(0o022)
         os.chdir(launch.working_directory)
         os.environ.clear()
         os.environ.update(launch.environment)
     except Exception as error:
-        _give_up(SpawnFailed(type(error).__name__, str(error)))
+        code = getattr(error, "exit_code", None)  # a sandbox tells by it that the job's program is at fault
+        _give_up(SpawnFailed(type(error).__name__, str(error), is_fault_of_job=code is not None, exit_code=code))
     if launch.argv:
         _execute(launch)
     os.close(FAILURE_DESCRIPTOR)
@@ -205,11 +212,10 @@ def _reset_signals(launch: Launch) -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _enter_sandbox(plan: bytes, *, has_channel: bool) -> None:
+def _enter_sandbox(plan: bytes, maps: OwnerMaps | None, *, has_channel: bool) -> None:
     """Go on as the job inside. The process that stays outside keeps the way to tell that the sandbox failed."""
-    module = importlib.import_module("blixard.backends.sandbox.namespaces")
     keep = {FAILURE_DESCRIPTOR} | ({CHANNEL_DESCRIPTOR} if has_channel else set())
-    module.enter(msgspec.msgpack.decode(plan, type=module.SandboxPlan), keep=keep, hold={FAILURE_DESCRIPTOR})
+    enter(msgspec.msgpack.decode(plan, type=SandboxPlan), keep=keep, hold={FAILURE_DESCRIPTOR}, maps=maps)
 
 
 def _arrange_descriptors(descriptors: dict[Role, int], failure: int) -> None:
@@ -248,7 +254,7 @@ def _mapped_bytes() -> int:
 
 def _execute(launch: Launch) -> NoReturn:
     try:
-        os.execvpe(launch.argv[0], list(launch.argv), launch.environment)
+        os.execvpe(launch.argv[0], list(launch.argv), launch.environment)  # noqa: S606 -- the point: no shell
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         code = NOT_FOUND_EXIT_CODE if missing else NOT_EXECUTABLE_EXIT_CODE

@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,10 +36,10 @@ PROMISED_MS = 1.5
 
 class _Listener:
     def started(self, at: int) -> None:
-        return
+        self.last = at
 
     def output(self, at: int, stream: Stream, data: bytes) -> None:
-        return
+        self.heard = (at, stream, data)
 
 
 def _make_bare(module: bytes, work: Path) -> Callable[[], None]:
@@ -48,13 +49,15 @@ def _make_bare(module: bytes, work: Path) -> Callable[[], None]:
     linker.define_wasi()
     prepared = linker.instantiate_pre(wasmtime.Module(engine, module))
 
+    heard: deque[bytes] = deque(maxlen=1)
+
     def run() -> None:
         store = wasmtime.Store(engine)
         store.set_limits(1 << 30, 1_000_000, 1, 16, 1)
         store.set_epoch_deadline(1)
         wasi = wasmtime.WasiConfig()
         wasi.argv = ["hello.wasm"]
-        wasi.stdout_custom = lambda data: None
+        wasi.stdout_custom = heard.append
         wasi.preopen_dir(str(work), "/work")
         wasi.preopen_dir(str(work), ".")
         store.set_wasi(wasi)

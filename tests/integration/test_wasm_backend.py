@@ -19,6 +19,7 @@ from blixard.backends.wasm import backend as backend_module
 from blixard.domain.outcome import AttemptError, Outcome, OutcomeKind
 from blixard.domain.payload import ScriptPayload
 from blixard.domain.requirements import Isolation
+from tests.conformance.backends.harness import wait_until
 from tests.integration.wasm_rig import BOTH, DATA, INTERPRETER, Recorder, WasmRig
 
 both = pytest.mark.parametrize("isolation", BOTH)
@@ -347,7 +348,11 @@ async def test_a_module_that_takes_too_long_to_compile_is_refused(
 
 
 def child_processes() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    return [*psutil.Process().children(recursive=True)]
+
+
+def open_descriptors() -> set[str]:
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
 
 @both
@@ -397,7 +402,7 @@ async def test_executors_are_reused(rig: WasmRig) -> None:
 
 
 async def test_stop_leaves_no_process_no_file_and_no_descriptor(root: Path) -> None:
-    descriptors = set(os.listdir("/proc/self/fd"))
+    descriptors = open_descriptors()
     rig = WasmRig(root, wasm_cache=None)
     await rig.backend.start()
     await rig.python("open('left', 'w').write('x')")
@@ -411,7 +416,7 @@ async def test_stop_leaves_no_process_no_file_and_no_descriptor(root: Path) -> N
     assert (await task).kind is OutcomeKind.LOST
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert list((root / "scratch").rglob("*")) == []
-    assert set(os.listdir("/proc/self/fd")) - descriptors == set()
+    assert open_descriptors() - descriptors == set()
 
 
 async def test_a_stopped_backend_can_be_started_again(rig: WasmRig) -> None:
@@ -427,9 +432,7 @@ async def test_a_job_that_compiles_can_be_cancelled(root: Path) -> None:
     await rig.backend.start()
     execution = rig.execution(INTERPRETER, ["-c", "pass"])
     task = asyncio.create_task(rig.execute(execution))
-    async with asyncio.timeout(30):
-        while not list((root / "scratch").rglob("*.part")):
-            await asyncio.sleep(0)
+    await wait_until(lambda: bool(list((root / "scratch").rglob("*.part"))), "the compile to begin")
     rig.backend.interrupt(execution.ref, StopReason.CANCEL)
     assert (await task).kind is OutcomeKind.CANCELLED
     await rig.backend.stop()

@@ -507,7 +507,7 @@ async def _see_off(child: Child) -> None:
 
 async def _remove(private: Path) -> None:
     try:
-        os.rmdir(private)  # noqa: PTH106 -- most jobs leave it empty: no thread for that
+        os.rmdir(private)
     except OSError:
         await asyncio.to_thread(clear, private)
 

@@ -139,7 +139,7 @@ class Executor:
 
 
 def _open_files() -> set[int]:
-    listed = {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 -- names are all there is to it
+    listed = {int(name) for name in os.listdir("/proc/self/fd")}
     return {file for file in listed if _is_open(file)}  # the listing's own is closed again
 
 

@@ -156,7 +156,7 @@ class ModuleCache:
             _remember(self._refused, digest, error)
 
     async def _digest(self, module: Path) -> str:
-        found = os.stat(module)  # noqa: PTH116 -- one stat of a local file is not worth a thread
+        found = os.stat(module)
         if found.st_size > MAX_MODULE_BYTES:
             raise refuse("ModuleTooLarge", f"the module has {found.st_size} bytes; {MAX_MODULE_BYTES} are allowed")
         identity = _identify(found)

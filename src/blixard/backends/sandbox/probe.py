@@ -6,6 +6,7 @@ single-threaded process, and prints what went wrong as JSON.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -32,8 +33,9 @@ class Findings(msgspec.Struct, frozen=True):
     command: str | None = None
 
 
+@functools.cache
 def probe() -> Findings:
-    """Try it. Takes a fraction of a second; blocks."""
+    """Try it, once per process. Takes a fraction of a second; blocks."""
     if sys.platform != "linux":
         reason = "sandboxes need the namespaces of Linux"
         return Findings(reason, reason)

@@ -16,7 +16,8 @@ from blixard.backends.sandbox.plan import HOME, MAX_FILES, TEMPORARY, WORK, Bind
 
 HOST = "/host"
 ROOT = "/root"
-PRIVATE = (WORK, HOME, TEMPORARY, "/dev/shm")  # noqa: S108 -- the sandbox's own
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 -- the sandbox's own
+PRIVATE = (WORK, HOME, TEMPORARY, SHARED_MEMORY)
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEVICE_LINKS = (
     ("fd", "/proc/self/fd"),
@@ -25,9 +26,11 @@ DEVICE_LINKS = (
     ("stderr", "/proc/self/fd/2"),
     ("ptmx", "pts/ptmx"),
 )
-MASKED_FILES = ("kcore", "keys", "key-users", "kmsg", "kallsyms", "sysrq-trigger", "timer_list", "sched_debug")
-MASKED_FILES += ("kpagecount", "kpageflags", "kpagecgroup", "vmallocinfo", "slabinfo", "interrupts", "modules", "iomem")
-MASKED_FILES += ("ioports", "latency_stats", "timer_stats", "partitions", "config.gz")
+MASKED_FILES = (
+    *("kcore", "keys", "key-users", "kmsg", "kallsyms", "sysrq-trigger", "timer_list", "sched_debug", "kpagecount"),
+    *("kpageflags", "kpagecgroup", "vmallocinfo", "slabinfo", "interrupts", "modules", "iomem", "ioports"),
+    *("latency_stats", "timer_stats", "partitions", "config.gz"),
+)
 MASKED_DIRECTORIES = ("acpi", "asound", "scsi", "bus", "irq", "fs", "driver", "dynamic_debug")
 READ_ONLY_DIRECTORIES = ("sys",)
 _ATTRIBUTES = kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV

@@ -49,7 +49,7 @@ def lay_out_shared(execution: Execution, private: Path) -> tuple[Preopen, ...]:
             _copy(source, work / path)
     directories = _grant_directories(execution.spec.grants, shadows)
     preopens = (*work_preopens(work), *directories, *shadows.preopens())
-    _check_count(preopens)
+    _check_preopens(preopens)
     return preopens
 
 
@@ -80,7 +80,7 @@ def lay_out_sandbox(execution: Execution, settings: BackendSettings) -> tuple[Sa
         preopens.append(Preopen(f"{SHOWN}/files{number}", parent, any(writable for _, writable in files)))
     if execution.stdin is not None:
         binds.append(_bind(execution.stdin, STDIN, False))
-    _check_count(tuple(preopens))
+    _check_preopens(tuple(preopens))
     return plan_sandbox(settings, tuple(binds)), tuple(preopens)
 
 
@@ -136,7 +136,21 @@ def _granted(grants: Grants) -> list[tuple[str, bool]]:
                 f"the granted path {path} does not exist on the machine that ran the job",
                 "grant a path that exists there, or send the file with --input",
             )
-    return list(wanted.items())
+    return [item for item in wanted.items() if not _is_covered(*item, wanted)]
+
+
+def _is_covered(path: str, writable: bool, wanted: dict[str, bool]) -> bool:
+    """Tell whether a granted file lies in a granted directory anyway. Raises ``JobRefused`` if that one gives less."""
+    if Path(path).is_dir():
+        return False
+    above = [str(parent) for parent in Path(path).parents if str(parent) in wanted]
+    if writable and above and not any(wanted[parent] for parent in above):
+        raise refuse(
+            "GrantNotPossible",
+            f"{path} is granted for writing but lies in {above[0]}, which is granted for reading only",
+            "grant the directory for writing, or put the file elsewhere",
+        )
+    return bool(above)
 
 
 def _grant_directories(grants: Grants, shadows: _Shadows) -> list[Preopen]:
@@ -149,13 +163,22 @@ def _grant_directories(grants: Grants, shadows: _Shadows) -> list[Preopen]:
     return directories
 
 
-def _check_count(preopens: tuple[Preopen, ...]) -> None:
+def _check_preopens(preopens: tuple[Preopen, ...]) -> None:
     if len(preopens) > MAX_PREOPENS:
         raise refuse(
             "TooManyGrants",
             f"the job is granted files in {len(preopens)} directories; a Wasm job can have {MAX_PREOPENS}",
             "grant a directory above them",
         )
+    seen: set[str] = set()
+    for preopen in preopens:
+        if preopen.guest in seen:
+            raise refuse(
+                "GrantNotPossible",
+                f"two directories would appear to the job as {preopen.guest}",
+                "grant the whole directory, and give inputs a place outside of what is granted and of /work",
+            )
+        seen.add(preopen.guest)
 
 
 class _Shadows:

@@ -88,7 +88,7 @@ class ModuleCache:
         if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise NotSupportedHere(
                 f"the Wasm cache {self._directory} can be entered by others (owner {found.st_uid}, mode {found.st_mode & 0o777:o})",
-                hint=f"chown it to the worker's user and chmod 700 it, or name another directory",
+                hint="chown it to the worker's user and chmod 700 it, or name another directory",
             )
         self._sweep()
 

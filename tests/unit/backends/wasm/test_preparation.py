@@ -61,16 +61,42 @@ def test_a_granted_file_comes_without_its_neighbours(tmp_path: Path) -> None:
 
 def test_the_sandbox_shows_grants_away_from_its_own_places(tmp_path: Path) -> None:
     settings = BackendSettings(scratch=tmp_path)
+    file, taken = tmp_path / "file", tmp_path / "taken"
+    file.write_text("x")
+    taken.mkdir()
+    plan, preopens = lay_out_sandbox(make(Grants(read=("/proc", str(file)), write=(str(taken),))), settings)
+    assert {bind.source: bind.writable for bind in plan.binds} == {"/proc": False, str(file): False, str(taken): True}
+    assert all(bind.target.startswith("/shown/") for bind in plan.binds)
+    assert {preopen.guest for preopen in preopens} == {"/work", ".", "/proc", str(taken), str(tmp_path)}
+
+
+def test_a_file_within_a_granted_directory_needs_nothing_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "sub" / "file"
+    file.parent.mkdir()
+    file.write_text("x")
+    execution = make(Grants(read=(str(tmp_path), str(file))))
+    assert [preopen.guest for preopen in lay_out_shared(execution, tmp_path / "job")] == ["/work", ".", str(tmp_path)]
+    plan, _ = lay_out_sandbox(execution, BackendSettings(scratch=tmp_path))
+    assert [bind.source for bind in plan.binds] == [str(tmp_path)]
+
+
+def test_a_writable_file_within_a_directory_to_read_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
-    plan, preopens = lay_out_sandbox(make(Grants(read=("/proc", str(file)), write=(str(tmp_path),))), settings)
-    assert {bind.source: bind.writable for bind in plan.binds} == {
-        "/proc": False,
-        str(file): False,
-        str(tmp_path): True,
-    }
-    assert all(bind.target.startswith("/shown/") for bind in plan.binds)
-    assert {preopen.guest for preopen in preopens} == {"/work", ".", "/proc", str(tmp_path)}
+    with pytest.raises(JobRefused) as caught:
+        lay_out_shared(make(Grants(read=(str(tmp_path),), write=(str(file),))), tmp_path / "job")
+    assert caught.value.error.type == "GrantNotPossible"
+
+
+def test_two_things_at_one_place_are_refused(tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    blob.write_text("x")
+    execution = make(Grants(read=(str(tmp_path),)), {f"{tmp_path}/in.txt": blob})
+    with pytest.raises(JobRefused) as caught:
+        lay_out_shared(execution, tmp_path / "job")
+    assert caught.value.error.type == "GrantNotPossible"
+    with pytest.raises(JobRefused):
+        lay_out_sandbox(execution, BackendSettings(scratch=tmp_path))
 
 
 @pytest.mark.parametrize("which", ["read", "write"])

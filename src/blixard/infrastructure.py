@@ -118,11 +118,8 @@ class ProductionInfrastructureFactory:
             return {Isolation.MINIMAL: wasm, Isolation.STANDARD: wasm}
         if worker_type is WorkerType.PROCESS:
             from blixard.backends.process import ProcessBackend
+            from blixard.backends.sandbox.backend import SandboxBackend
 
-            try:  # PROVISIONAL: the sandbox backend is being written; goes with its first commit
-                from blixard.backends.sandbox.backend import SandboxBackend
-            except ModuleNotFoundError:
-                return {Isolation.MINIMAL: ProcessBackend(settings), Isolation.STANDARD: ProcessBackend(settings)}
             return {Isolation.MINIMAL: ProcessBackend(settings), Isolation.STANDARD: SandboxBackend(settings)}
         raise NotSupportedHere(
             f"this version has no {worker_type} workers", hint=f"types are {', '.join(WORKER_TYPES)}"
@@ -164,6 +161,7 @@ class ProductionInfrastructureFactory:
             open_files=sandbox.open_files,
             wasm_fuel=self.settings.wasm.fuel or None,
             wasm_cache=self.data_dir / "wasm-cache",
+            wasm_cache_bytes=self.settings.wasm.cache_size,
         )
 
     def _slots(self) -> int:

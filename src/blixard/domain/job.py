@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from blixard.domain.grants import InputFile
+from blixard.domain.limits import WireInt
 from blixard.domain.outcome import AttemptError, OutcomeKind
 from blixard.domain.requirements import JobRequirements
 from blixard.domain.spec import JobSpec
@@ -95,5 +96,5 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     arguments: msgspec.Raw = msgspec.field(default_factory=_no_arguments)
     arguments_blob: str | None = None
     inputs: tuple[InputFile, ...] = ()
-    priority: int = 0
-    run_at: int | None = None
+    priority: WireInt = 0
+    run_at: WireInt | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from blixard.domain.grants import InputFile
+from blixard.domain.limits import WireInt
 from blixard.domain.outcome import Outcome
 from blixard.domain.spec import JobSpec
 
@@ -14,7 +15,7 @@ class AttemptRef(msgspec.Struct, frozen=True, array_like=True):
 
     namespace: str
     job_id: str
-    attempt: int
+    attempt: WireInt
 
 
 class FinishedAttempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -24,7 +25,7 @@ class FinishedAttempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 class StartedAttempt(msgspec.Struct, frozen=True, array_like=True):
     ref: AttemptRef
-    started_at: int
+    started_at: WireInt
 
 
 def _no_arguments() -> msgspec.Raw:
@@ -36,7 +37,7 @@ class ClaimedJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A lease with all that is needed to run it; ``spec`` is a key of ``SyncReply.specs``."""
 
     ref: AttemptRef
-    spec: int
+    spec: WireInt
     arguments: msgspec.Raw = msgspec.field(default_factory=_no_arguments)
     arguments_blob: str | None = None
     inputs: tuple[InputFile, ...] = ()
@@ -55,14 +56,14 @@ class SyncRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """
 
     session: str
-    number: int
-    seen: int = 0
+    number: WireInt
+    seen: WireInt = 0
     finished: list[FinishedAttempt] = []
     started: list[StartedAttempt] = []
     holding: list[AttemptRef] | None = None
-    want: int = 0
+    want: WireInt = 0
     free_cpus: float = 0.0
-    free_memory_mb: int = 0
+    free_memory_mb: WireInt = 0
     wait: float = 0.0
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
 KIB = 1024
 MIB = 1024 * KIB
 
@@ -36,3 +40,5 @@ DEFAULT_OUTPUT_BYTES = 10 * MIB
 """Captured stdout and stderr of one attempt together."""
 MAX_CLAIM = 1_000
 MAX_WAIT_SECONDS = 60.0
+WireInt = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)]
+"""An integer that came from outside: SQLite stores it, and every JSON reader reads it without loss."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from blixard.domain.limits import WireInt
+
 if TYPE_CHECKING:
     MaybeJson = msgspec.Raw | None
 else:
@@ -45,11 +47,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     kind: OutcomeKind
-    started_at: int | None = None
-    finished_at: int | None = None
-    exit_code: int | None = None
+    started_at: WireInt | None = None
+    finished_at: WireInt | None = None
+    exit_code: WireInt | None = None
     result: MaybeJson = None
     result_blob: str | None = None
     error: AttemptError | None = None
-    output_bytes: int = 0
+    output_bytes: WireInt = 0
     output_truncated: bool = False

@@ -6,6 +6,7 @@ import enum
 
 import msgspec
 
+from blixard.domain.limits import WireInt
 from blixard.domain.requirements import Isolation, WorkerType
 
 
@@ -27,8 +28,8 @@ class WorkerOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Empty: every queue."""
     labels: dict[str, str] = {}
     cpus: float = 1.0
-    memory_mb: int = 1024
-    slots: int = 1
+    memory_mb: WireInt = 1024
+    slots: WireInt = 1
     """Jobs at the same time."""
     submitter: str | None = None
     """Embedded workers: only this process's submissions and orphans of dead ones."""
@@ -40,7 +41,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     name: str
     offer: WorkerOffer
     host: str = ""
-    pid: int = 0
+    pid: WireInt = 0
     interpreter: str = ""
     """Python version and environment, named for whoever wonders which packages a job sees."""
     session: str | None = None

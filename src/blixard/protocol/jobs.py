@@ -8,6 +8,7 @@ import msgspec
 
 from blixard.domain.event import EventType
 from blixard.domain.job import NewJob
+from blixard.domain.limits import WireInt
 from blixard.domain.outcome import AttemptError, MaybeJson, OutcomeKind
 from blixard.domain.payload import Runtime
 from blixard.domain.requirements import Isolation
@@ -21,7 +22,7 @@ class SubmitRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     spec: JobSpec
     jobs: list[NewJob]
     batch: str | None = None
-    first_index: int | None = None
+    first_index: WireInt | None = None
     """With ``batch``: the jobs are the batch's ``first_index``, ``first_index + 1``, …; ids follow from that."""
 
 
@@ -37,7 +38,7 @@ class OpenBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     name: str
     identity: str
-    total: int
+    total: WireInt
     fresh: bool = False
     rerun: bool = True
 

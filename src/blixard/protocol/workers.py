@@ -8,6 +8,7 @@ import enum
 import msgspec
 
 from blixard.domain.lease import AttemptRef
+from blixard.domain.limits import WireInt
 from blixard.domain.log import LogRecord
 from blixard.domain.worker import SessionState, WorkerOffer
 
@@ -40,10 +41,10 @@ class LogBatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     ref: AttemptRef
-    offset: int
+    offset: WireInt
     records: list[LogRecord] = []
     ended: bool = False
-    dropped: int = 0
+    dropped: WireInt = 0
 
 
 class Scope(enum.StrEnum):

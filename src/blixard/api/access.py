@@ -97,7 +97,7 @@ class Gatekeeper:
                 hint="call it 127.0.0.1 or localhost, or create a token",
             )
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
+        if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
             raise Forbidden("requests from pages of other sites are refused", hint="create a token and send it")
 
     def _is_own_name(self, name: str) -> bool:

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 
 from blixard.domain.lease import AttemptRef
+from blixard.domain.log import LogRecord
 from blixard.protocol import routes
 from blixard.protocol.jobs import JobDetail, JobPage
-from blixard.protocol.workers import LogBatch, LogRecord
+from blixard.protocol.workers import LogBatch
 from tests.unit.api.harness import Api
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from blixard.domain.grants import InputFile
 from blixard.domain.lease import AttemptRef
+from blixard.domain.limits import MIB
 from blixard.domain.outcome import Outcome
 from blixard.domain.payload import Runtime
 from blixard.domain.requirements import Isolation
@@ -112,3 +113,5 @@ class BackendSettings(msgspec.Struct, frozen=True, kw_only=True):
     open_files: int = 1024
     wasm_fuel: int | None = None
     wasm_cache: Path | None = None
+    wasm_cache_bytes: int = 1024 * MIB
+    """Compiled modules kept; the oldest go first."""

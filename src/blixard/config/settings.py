@@ -150,10 +150,6 @@ class SandboxSettings(Section):
     open_files: Annotated[int, Whole(16, 1_048_576)] = Field(
         default=1024, description="Open files of one process of a job."
     )
-    output: Annotated[int, Size(0, GIB)] = Field(
-        default=10 * MIB,
-        description="Standard output and error kept of one attempt together; the rest is cut off with a mark.",
-    )
 
 
 class WasmSettings(Section):
@@ -164,9 +160,6 @@ class WasmSettings(Section):
     )
     cache_size: Annotated[int, Size(0, 1024 * TIB)] = Field(
         default=GIB, description="Compiled modules kept on disk; the oldest go first."
-    )
-    compile_timeout: Annotated[float, Duration(1, 60 * MINUTE)] = Field(
-        default=60.0, description="Time one module may take to compile."
     )
 
 

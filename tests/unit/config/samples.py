@@ -35,10 +35,8 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "sandbox.processes": ("2", "2", 2),
     "sandbox.disk": ('"2MiB"', "2MiB", 2 * 2**20),
     "sandbox.open_files": ("64", "64", 64),
-    "sandbox.output": ('"1KiB"', "1KiB", 1024),
     "wasm.fuel": ("1000000", "1000000", 1_000_000),
     "wasm.cache_size": ('"10MiB"', "10MiB", 10 * 2**20),
-    "wasm.compile_timeout": ('"5s"', "5s", 5.0),
     "log.level": ('"debug"', "DEBUG", "debug"),
     "log.format": ('"json"', "json", "json"),
 }

@@ -182,7 +182,9 @@ class WasmBackend:
         self._home = settings.scratch / "wasm"
         self._host = ZygoteHost(fuel=settings.wasm_fuel is not None, lock_fd=settings.lock_fd)
         cache = settings.wasm_cache or self._home / "cache"
-        self._cache = ModuleCache(cache, self._compile, fuel=settings.wasm_fuel is not None)
+        self._cache = ModuleCache(
+            cache, self._compile, fuel=settings.wasm_fuel is not None, max_bytes=settings.wasm_cache_bytes
+        )
         self._attempts: dict[AttemptRef, _Attempt] = {}
         self._queue: deque[_Attempt] = deque()
         self._free = settings.slots

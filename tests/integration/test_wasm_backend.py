@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -405,7 +407,7 @@ async def test_stop_leaves_no_process_no_file_and_no_descriptor(root: Path) -> N
     descriptors = open_descriptors()
     rig = WasmRig(root, wasm_cache=None)
     await rig.backend.start()
-    await rig.python("open('left', 'w').write('x')")
+    await still_works(rig)
     observer = Recorder()
     execution = rig.execution(rig.module("hostile.wat"), function="spin", isolation=Isolation.STANDARD)
     task = asyncio.create_task(rig.execute(execution, observer))
@@ -466,3 +468,36 @@ async def test_many_jobs_at_once_keep_their_outputs_apart(rig: WasmRig) -> None:
         assert heard.text == f"{number}\n"
 
     await asyncio.gather(*(one(number) for number in range(12)))
+
+
+WORKER = """
+import asyncio, sys
+from pathlib import Path
+from blixard.domain.requirements import Isolation
+from tests.integration.wasm_rig import Recorder, WasmRig
+
+async def main():
+    rig = WasmRig(Path(sys.argv[1]))
+    await rig.backend.start()
+    heard = Recorder()
+    execution = rig.execution(rig.module("hostile.wat"), function="spin", isolation=Isolation(sys.argv[2]))
+    task = asyncio.create_task(rig.execute(execution, heard))
+    await heard.wait_started()
+    print("started", flush=True)
+    await task
+
+asyncio.run(main())
+"""
+
+
+@both
+def test_everything_ends_with_a_killed_worker(root: Path, isolation: Isolation) -> None:
+    command = [sys.executable, "-c", WORKER, str(root), str(isolation)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent.parent) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == b"started\n"
+        children = psutil.Process(worker.pid).children(recursive=True)
+        assert len(children) >= 2
+        worker.kill()
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive

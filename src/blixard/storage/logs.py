@@ -231,7 +231,8 @@ class LocalLogStore:
         name = check_id(job_id, field="job_id")
         if len(name) > _MAX_PLAIN_NAME:  # a file's name has 255 bytes at most
             name = f"{name[:100]}~{hashlib.sha256(name.encode()).hexdigest()}"
-        return self._directory / check_id(namespace, field="namespace") / shard / f"{name}.{attempt:d}.log"
+        # One string, not a chain of joins: this runs for every append.
+        return Path(f"{self._directory}/{check_id(namespace, field='namespace')}/{shard}/{name}.{attempt:d}.log")
 
     # What follows runs on the writer's thread.
 

@@ -148,6 +148,8 @@ class SqliteDatabase:
     def _ring(self) -> None:
         for watch in self._watches:
             watch.ring()
+        if self._writer is not None and not self._watches:  # dropped without aclose
+            self._writer.watch(False)
 
     def _not_open(self) -> StoreUnavailable:
         return StoreUnavailable(f"the database {self._path} is not open")

@@ -129,7 +129,8 @@ class GroupCommitWriter:
         self._stopping = False
         self._watched = False
         self._poll_seconds = MIN_POLL_SECONDS
-        self._data_version: object = None
+        # As of before the thread starts: later, the first watcher would miss a commit that comes between its watch and the first look.
+        self._data_version: object = connection.execute("PRAGMA data_version").fetchall()
         self._thread = threading.Thread(target=self._run, name="blixard-writer", daemon=True)
 
     def start(self) -> None:

@@ -186,7 +186,7 @@ async def test_a_closed_store_is_not_ready(api: Api) -> None:
 
 
 async def test_metrics_count_what_happened(api: Api) -> None:
-    (job,) = await api.submit()
+    await api.submit()
     await api.client.get("/jobs/nobody")
     session = await api.register()
     claim = {"session": session, "number": 1, "want": 1, "free_cpus": 4, "free_memory_mb": 4096}

@@ -88,10 +88,14 @@ def _check_data_dir(path: Path) -> Iterator[Finding]:
 
     there = next(place for place in (path, *path.parents) if place.exists())
     name = "data directory"
-    if not os.access(there, os.W_OK):
+    if not there.is_dir() or not os.access(there, os.W_OK):
         fix = "choose another: --data-dir DIR or BLIXARD_STORAGE__DATA_DIR"
         yield Finding(
-            check=name, status=Status.MISSING, found=f"{path}: {there} is not writable", fix=fix, essential=True
+            check=name,
+            status=Status.MISSING,
+            found=f"{path}: {there} is no directory that may be written",
+            fix=fix,
+            essential=True,
         )
         return
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, TypeVar
@@ -57,6 +56,8 @@ class Invocation:
 
     def run(self, work: Coroutine[object, object, T]) -> T:
         """Run asynchronous work to its end."""
+        import asyncio  # here: `--help` needs none of it
+
         return asyncio.run(work)
 
     def call(self, use: Callable[[AsyncClient], Coroutine[object, object, T]]) -> T:

@@ -109,7 +109,7 @@ class BarView:
 
     def __init__(self) -> None:
         self._progress = _make_bar()
-        self._task = self._progress.add_task("map", total=None)
+        self._task = self._progress.add_task("map", total=None, count="", failed="", running="", rate="", left="")
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -126,6 +126,7 @@ class BarView:
             self._task,
             total=tally.total,
             completed=tally.ended,
+            count=f"{tally.ended:,}/{tally.total:,}",
             failed=f"{tally.failed:,} failed" if tally.failed else "",
             running=f"{tally.running:,} running",
             rate=f"{tally.rate(seconds):.3g}/s",
@@ -155,14 +156,15 @@ def _make_bar() -> Progress:
     columns = [
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
         TaskProgressColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}", table_column=Column(no_wrap=True)),
         *(
             TextColumn(f"{{task.fields[{name}]}}", style=style, table_column=Column(no_wrap=True))
-            for name, style in (("failed", "red"), ("running", ""), ("rate", ""), ("left", ""))
+            for name, style in (("count", ""), ("failed", "red"), ("running", ""), ("rate", ""), ("left", ""))
         ),
     ]
     # Redirecting would send what goes to standard output to standard error.
-    return Progress(*columns, console=console, expand=True, redirect_stdout=False, redirect_stderr=False)
+    return Progress(
+        *columns, console=console, expand=True, transient=True, redirect_stdout=False, redirect_stderr=False
+    )
 
 
 def summarise(tally: Tally, seconds: float) -> str:

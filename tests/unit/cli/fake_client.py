@@ -170,7 +170,7 @@ class FakeClient(AsyncClient):
         all_ended = sum(job.state.is_terminal for job in self._jobs_of(batch_id)) == total
         if not ended and not all_ended and self.left == 0 and len(self._jobs_of(batch_id)) == total:
             self.waiting.set()
-            await asyncio.sleep(wait)
+            await asyncio.sleep(wait)  # sleep: what a real client does while there is nothing to say
         position = ended[-1][0] if ended else after
         last = max((job.position for job in self._jobs_of(batch_id)), default=0)
         return BatchResults(
@@ -237,7 +237,7 @@ class FakeClient(AsyncClient):
         return JobPage(jobs=found, cursor=str(start + limit) if start + limit < len(ids) else None)
 
     async def wait(self, ids: Sequence[str], *, wait: float) -> WaitReply:
-        raise NotImplementedError
+        raise AssertionError("the command line never asks this")
 
     def _result(self, job_id: str) -> JobResult:
         job = self._find(job_id)
@@ -253,7 +253,7 @@ class FakeClient(AsyncClient):
         self._work()
         while not self._find(job_id).state.is_terminal:
             self.waiting.set()
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # sleep: the caller asks again and again
         return self._result(job_id)
 
     async def cancel(self, job_id: str) -> CancelReply:
@@ -314,7 +314,7 @@ class FakeClient(AsyncClient):
         return self.store.workers
 
     async def drain_worker(self, session: str) -> WorkerView:
-        raise NotImplementedError
+        raise AssertionError("the command line never asks this")
 
     async def health(self) -> Health:
         return Health(status="ok", version="0")

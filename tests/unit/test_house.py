@@ -40,7 +40,6 @@ BROAD_EXCEPTS = {
     "blixard.backends.executor.calls:format_traceback": "the edge of a job: __str__ and __repr__ are its own code",
     "blixard.backends.executor.calls:load": "the edge of a job: importing its module runs its own code",
     "blixard.backends.executor.calls:run_script": "the edge of a job: becomes its outcome",
-    "blixard.backends.executor.output:_flush": "the edge of a job: it may put any object in the place of a stream",
     "blixard.backends.sandbox.bubblewrap:_execute": "the edge of a job: told to the supervisor before the process ends",
     "blixard.backends.sandbox.namespaces:_run_init": "the edge of a job: told to the supervisor before the process ends",
     "blixard.backends.wasm.zygote:_become_executor": "the edge of a process: the traceback is printed, the exit code tells",

@@ -26,7 +26,7 @@ from blixard.domain.lease import AttemptRef
 from blixard.domain.outcome import Outcome, OutcomeKind
 from blixard.domain.payload import FunctionPayload, ScriptPayload
 from blixard.domain.spec import JobSpec
-from blixard.errors import NotSupportedHere
+from blixard.errors import InternalError, NotSupportedHere
 
 TICK_SECONDS = 0.02
 """How often heads of executors are looked at while anything runs: for timeouts, and to tell that they started."""
@@ -310,7 +310,7 @@ class RunnerBackend(abc.ABC):
 
     def warm_launch(self) -> Launch:
         """Return how a reusable executor is started. Only for backends that plan warm attempts."""
-        raise NotImplementedError
+        raise InternalError(f"{type(self).__name__} plans no warm attempts")
 
     # -- the zygote ---------------------------------------------------------------------------------------------------
 

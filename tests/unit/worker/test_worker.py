@@ -182,7 +182,7 @@ async def test_a_cancel_that_takes_its_time_does_not_make_both_sides_spin(tmp_pa
         rig.backend.interrupt = lambda *_: None  # type: ignore[method-assign]  # a job that ignores SIGTERM
         gateway.cancel("a")
         before = len(gateway.requests)
-        await asyncio.sleep(0.5)  # a window to count in: without pacing there are hundreds
+        await asyncio.sleep(0.5)  # sleep: a window to count in: without pacing there are hundreds
         assert len(gateway.requests) - before < 20
         rig.backend.finish("a")
         await gateway.until_ended("a")

@@ -55,7 +55,7 @@ class Streams:
         if self._stdout.closed or self._stderr.closed:
             self._open()
         sys.stdout = sys.__stdout__ = self._stdout  # type: ignore[misc]  # both names must lead to the job's output
-        sys.stderr = sys.__stderr__ = self._stderr  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = self._stderr  # type: ignore[misc]  # as above
 
     def finish(self) -> None:
         """Send what a job has left unsent, also in a stream that it put in place of ours, and put ours back."""

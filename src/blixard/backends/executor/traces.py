@@ -109,7 +109,7 @@ class Surroundings:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _check_leftovers(self) -> str | None:
-        if _thread._count() > self._threads:  # noqa: SLF001
+        if _thread._count() > self._threads:  # noqa: SLF001 -- the threading module does not know of native ones
             return "the job left a thread running"
         if _has_children():
             kill_descendants()

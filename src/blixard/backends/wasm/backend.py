@@ -214,6 +214,9 @@ class WasmBackend:
         self._stopping = False
         if os.name != "posix" or not hasattr(os, "pidfd_open"):
             raise NotSupportedHere("Wasm jobs need Linux", hint="run the worker on a Linux machine")
+        await asyncio.to_thread(self.info)  # the first job should not pay for the look at the host
+        if self._stopping:
+            return
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._cache.open()
         try:

@@ -13,9 +13,11 @@ import apsw
 import pytest
 
 from blixard.errors import StoreUnavailable
+from blixard.storage import sqlite as sqlite_module
 from blixard.storage import writer as writer_module
 from blixard.storage.database import Statement
 from blixard.storage.sqlite import SqliteDatabase
+from blixard.storage.turnstile import Turnstile
 from blixard.testing.storage import memory_blob_store, memory_database
 
 ADD = Statement("add", "INSERT INTO t (v) VALUES (:v) RETURNING id")
@@ -145,6 +147,30 @@ async def test_the_queue_is_bounded_and_callers_wait_for_room(
     await database.open()
     calls = [asyncio.ensure_future(database.write(ADD, {"v": str(number)})) for number in range(200)]
     assert [await call for call in calls] == [[(number,)] for number in range(1, 201)]
+    await database.close()
+
+
+async def test_a_lock_that_another_process_keeps_is_told_to_all_who_wait(
+    tmp_path: Path, migrations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_module, "BUSY_SECONDS", 0.2)
+    path = tmp_path / "x.db"
+    database = SqliteDatabase(path, migrations=migrations)
+    await database.open()
+    other = apsw.Connection(str(path))
+    other.execute("BEGIN IMMEDIATE")
+    answers = await asyncio.gather(*(database.write(ADD, {"v": "x"}) for _ in range(100)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {StoreUnavailable}
+    assert "another process" in str(answers[0])
+    other.execute("ROLLBACK")
+    turn = Turnstile(path.with_name("x.db-turn"), patience=1)
+    turn.enter()
+    with pytest.raises(StoreUnavailable, match="another process"):
+        await database.write(ADD, {"v": "x"})
+    turn.leave()
+    turn.close()
+    assert await database.write(ADD, {"v": "x"}) == [(1,)]
+    other.close()
     await database.close()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from blixard.backends.sandbox import kernel
 from blixard.backends.sandbox.plan import INSIDE_ID, UNPRIVILEGED_ID
 
+LOWEST_DESCRIPTOR = 100
 HIGHEST_ID = 4_294_967_294
 
 
@@ -39,6 +41,10 @@ class OwnerMaps:
             self._descriptors[owner] = self._create(owner)
         return self._descriptors[owner]
 
+    @property
+    def descriptors(self) -> set[int]:
+        return set(self._descriptors.values())
+
     def close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
@@ -60,11 +66,20 @@ class OwnerMaps:
                 raise OSError("the host allows no user namespace")
             for name, owned, job in zip(("uid_map", "gid_map"), owner, self._job, strict=True):
                 write_file(f"/proc/{child}/{name}", swap_ids(owned, job))
-            return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+            return _open_high(f"/proc/{child}/ns/user")
         finally:
             os.close(release[1])
             os.close(ready[0])
             os.waitpid(child, 0)
+
+
+def _open_high(path: str) -> int:
+    """Open out of the way of the low numbers that are given to jobs."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, LOWEST_DESCRIPTOR)
+    finally:
+        os.close(descriptor)
 
 
 def make_maps() -> OwnerMaps | None:

@@ -7,6 +7,7 @@ planted in a granted directory leads us astray.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -16,6 +17,7 @@ from blixard.backends.sandbox.plan import HOME, MAX_FILES, TEMPORARY, WORK, Bind
 
 HOST = "/host"
 ROOT = "/root"
+NO_MAPPED_MOUNTS = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 -- the sandbox's own
 PRIVATE = (WORK, HOME, TEMPORARY, SHARED_MEMORY)
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
@@ -169,8 +171,9 @@ class RootBuilder:
         try:
             attributes = kernel.MOUNT_ATTR_IDMAP
             kernel.change_mount(tree, attributes, user_namespace=self._maps.descriptor(owner), recursive=False)
-        except OSError:
-            return
+        except OSError as error:
+            if error.errno not in NO_MAPPED_MOUNTS:
+                raise
 
     def _make_place(self, target: str, *, directory: bool) -> None:
         """Create what to mount on, but never inside a directory of the host that is already shown."""

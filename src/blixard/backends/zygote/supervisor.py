@@ -19,7 +19,7 @@ from typing import NoReturn
 import msgspec
 
 from blixard.backends.sandbox.identity import OwnerMaps
-from blixard.backends.sandbox.namespaces import enter
+from blixard.backends.sandbox.namespaces import close_all_but, enter
 from blixard.backends.sandbox.plan import SandboxPlan
 from blixard.backends.workspace import make_directory, place_inputs, remove_tree
 from blixard.backends.zygote.kernel import adopt_orphans, die_with_parent, kill_descendants
@@ -30,8 +30,8 @@ from blixard.backends.zygote.messages import (
     Exited,
     Launch,
     Role,
-    Spawned,
     SpawnFailed,
+    Starting,
     decode_failure,
     encode,
 )
@@ -41,7 +41,6 @@ FAILURE_DESCRIPTOR = 4
 NOT_EXECUTABLE_EXIT_CODE = 126
 NOT_FOUND_EXIT_CODE = 127
 BROKEN_EXIT_CODE = 70
-_MAX_DESCRIPTOR = 1 << 20
 _ABOVE_ALL_GIVEN = 64
 
 
@@ -53,6 +52,8 @@ class Supervisor:
         self._control = socket.socket(fileno=descriptors[Role.CONTROL])
         self._child = 0
         self._code: int | None = None
+        self._is_abandoned = False
+        """Ended from outside: to tell an exit code would blame the job."""
 
     def run(self, zygote: int) -> NoReturn:
         """Run the job to its end. Returns never: the process ends."""
@@ -68,7 +69,8 @@ class Supervisor:
             ending = error.message
         kill_descendants()
         self._clean_up()
-        self._tell(ending)
+        if not self._is_abandoned:
+            self._tell(ending)
         os._exit(0)
 
     def _catch_signals(self) -> int:
@@ -93,6 +95,7 @@ class Supervisor:
     def _fork(self) -> None:
         self._failure, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         supervisor = os.getpid()
+        self._tell(Starting())
         try:
             self._child = os.fork()
         except OSError as error:
@@ -103,7 +106,6 @@ class Supervisor:
         for role, descriptor in self._descriptors.items():
             if role is not Role.CONTROL:
                 os.close(descriptor)
-        self._tell(Spawned(self._child))
 
     def _check_started(self) -> None:
         """Raise what the ended process said about why the job's own code never ran."""
@@ -138,6 +140,7 @@ class Supervisor:
 
     def _take_signals(self) -> None:
         if signal.SIGTERM in os.read(self._wake, 512):  # the zygote has died, or somebody wants us to end
+            self._is_abandoned = True
             self._kill()
 
     def _take_order(self) -> None:
@@ -179,7 +182,7 @@ def _become_runner(
         _reset_signals(launch)
         os.setsid()
         die_with_parent(supervisor, signal.SIGKILL)
-        _arrange_descriptors(descriptors, failure)
+        _arrange_descriptors(descriptors, failure, set() if maps is None else maps.descriptors)
         if launch.plan is not None:
             _enter_sandbox(launch.plan, maps, has_channel=Role.CHANNEL in descriptors)
         _apply_limits(launch)
@@ -218,15 +221,15 @@ def _enter_sandbox(plan: bytes, maps: OwnerMaps | None, *, has_channel: bool) ->
     enter(msgspec.msgpack.decode(plan, type=SandboxPlan), keep=keep, hold={FAILURE_DESCRIPTOR}, maps=maps)
 
 
-def _arrange_descriptors(descriptors: dict[Role, int], failure: int) -> None:
-    """Leave the job with 0, 1, 2, its channel as 3, and 4 to tell why it could not start."""
+def _arrange_descriptors(descriptors: dict[Role, int], failure: int, keep: set[int]) -> None:
+    """Leave the job with 0, 1, 2, its channel as 3, and 4 to tell why it could not start; ``keep`` is needed until then."""
     wanted = {0: Role.STDIN, 1: Role.STDOUT, 2: Role.STDERR, CHANNEL_DESCRIPTOR: Role.CHANNEL}
     high = {number: _move_up(descriptors[role]) for number, role in wanted.items() if role in descriptors}
     high[FAILURE_DESCRIPTOR] = _move_up(failure)
     os.closerange(CHANNEL_DESCRIPTOR, FAILURE_DESCRIPTOR + 1)
     for number, source in high.items():
         os.dup2(source, number, inheritable=number <= 2)
-    os.closerange(FAILURE_DESCRIPTOR + 1, _MAX_DESCRIPTOR)
+    close_all_but({*range(FAILURE_DESCRIPTOR + 1), *keep})
 
 
 def _move_up(descriptor: int) -> int:

@@ -18,6 +18,7 @@ import pytest
 
 from blixard.backends.contract import StopReason
 from blixard.backends.wasm import backend as backend_module
+from blixard.domain.grants import Grants
 from blixard.domain.outcome import AttemptError, Outcome, OutcomeKind
 from blixard.domain.payload import ScriptPayload
 from blixard.domain.requirements import Isolation
@@ -344,6 +345,55 @@ async def test_a_module_that_takes_too_long_to_compile_is_refused(
     assert error_of(outcome).type == "CompileTimeout"
     monkeypatch.undo()
     await still_works(rig)
+
+
+# --- files
+
+
+@both
+async def test_single_files_are_granted_without_their_neighbours(rig: WasmRig, isolation: Isolation) -> None:
+    home = rig.root / "home"
+    home.mkdir()
+    for name in ("read.txt", "write.txt", "secret.txt"):
+        (home / name).write_text(name)
+        (home / name).chmod(0o666)
+    program = (
+        "import os, sys\nh = sys.argv[1]\n"
+        "print(sorted(os.listdir(h)), open(h + '/read.txt').read(), open('/data/in.txt').read())\n"
+        "with open(h + '/write.txt', 'r+') as f: f.write('WRITE')\n"
+    )
+    outcome, heard = await rig.python(
+        program,
+        [str(home)],
+        isolation=isolation,
+        grants=Grants(read=(str(home / "read.txt"),), write=(str(home / "write.txt"),)),
+        inputs={"/data/in.txt": home / "secret.txt"},
+    )
+    assert outcome.kind is OutcomeKind.COMPLETED, heard.data()
+    assert heard.text == "['read.txt', 'write.txt'] read.txt secret.txt\n"
+    assert (home / "write.txt").read_text() == "WRITE.txt"
+    assert (home / "secret.txt").read_text() == "secret.txt"
+
+
+@both
+async def test_a_file_cannot_grow_beyond_the_disk_limit(root: Path, isolation: Isolation) -> None:
+    rig = WasmRig(root, disk_mb=4)
+    await rig.backend.start()
+    program = (
+        "try:\n    with open('big', 'wb') as f:\n        for _ in range(64): f.write(b'x' * 262144)\n"
+        "except OSError as e: print('refused')\n"
+    )
+    outcome, heard = await rig.python(program, isolation=isolation)
+    await still_works(rig)
+    await rig.backend.stop()
+    assert outcome.kind is OutcomeKind.COMPLETED, heard.data()
+    assert heard.text == "refused\n"
+
+
+async def test_a_missing_grant_is_the_job_s_failure(rig: WasmRig) -> None:
+    outcome, _ = await rig.python("pass", grants=Grants(read=("/no/such/place",)))
+    assert error_of(outcome).type == "GrantMissing"
+    assert "/no/such/place" in error_of(outcome).message
 
 
 # --- processes that die

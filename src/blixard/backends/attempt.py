@@ -55,6 +55,7 @@ class Attempt:
         "output_truncated",
         "spawns",
         "started_at",
+        "trouble",
     )
 
     def __init__(
@@ -69,6 +70,7 @@ class Attempt:
         self.kill_at: float | None = None
         self.started_at: int | None = None
         self.spawns = 0
+        self.trouble = "its process ended before it began"
         self.is_told = False
         self.output_bytes = 0
         self.output_truncated = False

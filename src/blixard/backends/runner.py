@@ -23,11 +23,15 @@ from blixard.backends.zygote.messages import (
     Exited,
     Launch,
     Role,
-    Spawned,
     SpawnFailed,
+    Starting,
     decode_control,
 )
 
+CHANNEL_BYTES = 128 * 1024
+"""Buffer of a channel in each direction. Linux doubles it, and counts some 800 bytes at least for every packet."""
+MAX_PACKETS = 1024
+"""Read at a time: more than a channel can hold, so what lay there at first has been read, and a chatty job starves nobody."""
 PIPE_BYTES = 1024 * 1024
 """Wanted size of a job's output pipes, so that it seldom waits for us."""
 _READ_BYTES = 256 * 1024
@@ -65,7 +69,7 @@ class Runner:
         self.is_ending = False
         """Takes no more calls: it was told to end, or said that it will."""
         self.has_begun = False
-        """The job's process exists."""
+        """The job's own code may have run."""
         self.has_answered = False
         self._held: tuple[Attempt, Answer] | None = None
         self._control: socket.socket | None = None
@@ -73,6 +77,7 @@ class Runner:
         self._far_end: socket.socket | None = None
         self._pipes: dict[Stream, int] = {}
         self._listens_to_pipes = False
+        self._has_channel = False
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
@@ -97,12 +102,15 @@ class Runner:
             self.listen_to_pipes()
 
     def _open(self, theirs: dict[Role, int], *, with_channel: bool) -> None:
+        self._has_channel = with_channel
         self._control, their_control = packet_pair()
         theirs[Role.CONTROL] = their_control.detach()
         self._control.setblocking(False)
         if with_channel:
             self._channel, self._far_end = packet_pair()
             self._channel.setblocking(False)
+            for sock in (self._channel, self._far_end):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BYTES)
             self._reader = PacketReader(self._channel)
             theirs[Role.CHANNEL] = os.dup(self._far_end.fileno())
         for stream, role in ((Stream.STDOUT, Role.STDOUT), (Stream.STDERR, Role.STDERR)):
@@ -110,6 +118,10 @@ class Runner:
             os.set_blocking(self._pipes[stream], False)
             with contextlib.suppress(OSError):  # a user may have used up what he may have of pipe buffers
                 fcntl.fcntl(self._pipes[stream], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    @property
+    def has_channel(self) -> bool:
+        return self._has_channel
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -154,8 +166,8 @@ class Runner:
         if self._channel is None:
             return
         with contextlib.suppress(BlockingIOError):
-            while not self.is_gone:
-                received = self._reader.receive()
+            for _ in range(MAX_PACKETS):
+                received = self._reader.receive() if self._channel is not None else None
                 if received is None:
                     return
                 self._take(received[0])
@@ -251,7 +263,7 @@ class Runner:
         except ConnectionError:
             data = b""
         message: ControlMessage | None = decode_control(data) if data else None
-        if isinstance(message, Spawned):
+        if isinstance(message, Starting):
             self.has_begun = True
         else:
             self._end(message)

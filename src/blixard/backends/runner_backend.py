@@ -9,7 +9,7 @@ import abc
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 
 import msgspec
@@ -318,23 +318,38 @@ class RunnerBackend(abc.ABC):
         if self._zygote is None:
             self._start_zygote_soon()
         if self._starting is not None:
-            await asyncio.shield(self._starting)
+            await asyncio.wait({self._starting})
+            if not self._starting.cancelled():  # it is when ``stop`` comes in between
+                self._starting.result()
 
     def _start_zygote_soon(self) -> None:
         if self._starting is None or self._starting.done():
-            self._starting = asyncio.get_running_loop().create_task(self._start_zygote(), name="start zygote")
+            self._start_task(self._start_zygote())
+
+    def _start_task(self, work: Coroutine[None, None, None]) -> None:
+        self._starting = asyncio.get_running_loop().create_task(work, name="start zygote")
+        # Who waits for it gets its error; if nobody does, the waiting attempts have been told.
+        self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _start_zygote(self) -> None:
         zygote = ZygoteClient(lock_fd=self.settings.lock_fd, on_end=self._lose_zygote)
-        await zygote.start()
+        try:
+            await zygote.start()
+        except (NotSupportedHere, OSError) as error:  # a TimeoutError, too
+            self._give_up_waiting(f"the process that jobs are forked from could not start: {error}")
+            raise
         self._zygote = zygote
         self._dispatch_soon()
+
+    def _give_up_waiting(self, reason: str) -> None:
+        while self._waiting:
+            self._finish(self._waiting.popleft(), ended_early(OutcomeKind.LOST, reason))
 
     def _lose_zygote(self) -> None:
         """It died: every supervisor dies with it and says so; new work needs a new one."""
         zygote, self._zygote = self._zygote, None
         if zygote is not None and not self._is_stopping:
-            self._starting = asyncio.get_running_loop().create_task(self._replace(zygote), name="replace zygote")
+            self._start_task(self._replace(zygote))
 
     async def _replace(self, dead: ZygoteClient) -> None:
         await dead.stop()
@@ -358,6 +373,9 @@ class RunnerBackend(abc.ABC):
         with contextlib.suppress(ValueError):
             self._executors.remove(runner)
         # An executor that ended without having taken any call cannot be blamed on a job, but it must not go on for ever.
+        if isinstance(end, SpawnFailed):
+            for attempt in unread:
+                attempt.trouble = end.message
         self._requeue(unread, count=not runner.sent and not runner.has_answered)
         for attempt in runner.sent:
             self._runners.pop(attempt, None)
@@ -372,7 +390,9 @@ class RunnerBackend(abc.ABC):
             self._finish(attempt, self._early_outcome(attempt, attempt.started_at))
         elif isinstance(end, SpawnFailed) and end.is_fault_of_job:
             self._finish(attempt, refused(end.error_type, end.message, exit_code=end.exit_code))
-        elif isinstance(end, SpawnFailed) or (end is None and not runner.has_begun and not runner.code):
+        elif isinstance(end, SpawnFailed) or (end is None and not runner.has_begun and not runner.has_channel):
+            if end is not None:
+                attempt.trouble = end.message
             self._requeue([attempt], count=True)
         elif end is None:
             self._finish(
@@ -402,7 +422,8 @@ class RunnerBackend(abc.ABC):
                 self._finish(attempt, self._early_outcome(attempt, None))
             elif attempt.spawns >= MAX_SPAWNS:
                 self._finish(
-                    attempt, ended_early(OutcomeKind.LOST, f"no process could be started for it in {MAX_SPAWNS} tries")
+                    attempt,
+                    ended_early(OutcomeKind.LOST, f"it could not be started in {MAX_SPAWNS} tries: {attempt.trouble}"),
                 )
             else:
                 self._waiting.appendleft(attempt)
@@ -471,8 +492,9 @@ class RunnerBackend(abc.ABC):
         for runner in list(self._alive):
             runner.kill()
         if self._alive:
-            async with asyncio.timeout(STOP_SECONDS):
-                await self._all_gone.wait()
+            with contextlib.suppress(TimeoutError):  # the end of the zygote will end them
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self._all_gone.wait()
 
     def _cancel_timers(self) -> None:
         for handle in (self._tick, self._soon):

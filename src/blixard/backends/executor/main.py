@@ -25,6 +25,7 @@ MAX_KNOWN_TASKS = 256
 
 def serve(channel: socket.socket, launch: Launch) -> int:
     """Run calls until the backend closes the channel or a call makes this process unfit. Returns the exit code."""
+    sys.argv = [""]
     executor = Executor(channel, launch)
     try:
         executor.run()

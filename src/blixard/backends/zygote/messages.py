@@ -59,10 +59,8 @@ class SpawnRequest(msgspec.Struct, frozen=True, array_like=True):
     launch: Launch
 
 
-class Spawned(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Supervisor to backend: the job's process exists."""
-
-    pid: int
+class Starting(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Supervisor to backend: from now on the job's own code may have run. Not heard: it certainly has not."""
 
 
 class Exited(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -80,7 +78,7 @@ class SpawnFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     exit_code: int | None = None
 
 
-ControlMessage = Spawned | Exited | SpawnFailed
+ControlMessage = Starting | Exited | SpawnFailed
 
 TERMINATE = b"t"
 """Backend to supervisor: SIGTERM to the job's process group."""

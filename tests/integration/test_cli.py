@@ -48,7 +48,8 @@ class Terminal:
         return finish(self.start(*arguments))
 
     def jobs(self, *arguments: str) -> list[dict[str, object]]:
-        return json.loads(self.run("jobs", "--json", "--limit", "1000", *arguments).out)
+        listed = self.run("jobs", "--json", "--limit", "1000", *arguments).out
+        return msgspec.json.decode(listed, type=list[dict[str, object]])
 
     def close(self) -> None:
         for process in self._started:

@@ -59,10 +59,10 @@ def test_a_worker_works_for_a_server_that_has_none(terminal: Terminal) -> None:
     job_id = submitted.out.strip()
     assert "worker" in terminal.run("--server", url, "why", job_id).out
     following = terminal.start("--server", url, "logs", "-f", job_id)
-    worker = terminal.start("worker", "--server", url, "--type", "process", "--slots", "1")
+    worker = terminal.start("worker", "--server", url, "--type", "process", "--slots", "2")
     assert finish(following).out == "out 0\n"
     workers = json.loads(terminal.run("--server", url, "workers", "--json").out)
-    assert [(item["state"], item["offer"]["slots"]) for item in workers] == [("online", 1)]
+    assert [(item["state"], item["offer"]["slots"]) for item in workers] == [("online", 2)]
     worker.send_signal(signal.SIGTERM)
     assert finish(worker).code == 0
 

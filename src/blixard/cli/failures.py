@@ -7,6 +7,7 @@ import sys
 import traceback
 
 from blixard.cli.invocation import Invocation
+from blixard.cli.output import ReaderGone
 from blixard.errors import (
     BlixardError,
     CallerError,
@@ -29,7 +30,7 @@ def report(error: BaseException, invocation: Invocation) -> int:
     error = first_of(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError | ReaderGone):
         return BROKEN_PIPE
     if isinstance(error, BlixardError):
         show_error(str(error), error.hint)

@@ -29,10 +29,17 @@ def run_command_line(arguments: Sequence[str], *, connect: Connect | None = None
         # Not standalone: Typer would print its errors in its own way and choose its own exit codes.
         code = build_root().main(args=list(arguments), prog_name="blixard", standalone_mode=False, obj=invocation)
     except (Exception, KeyboardInterrupt) as error:  # the edge of the program: everything is told to its user
-        from blixard.cli.failures import report
-
-        return report(error, invocation)
+        return _report(error, invocation)
     return code if isinstance(code, int) else 0
+
+
+def _report(error: BaseException, invocation: Invocation) -> int:
+    from blixard.cli.failures import BROKEN_PIPE, report
+
+    try:
+        return report(error, invocation)
+    except OSError:  # standard error is gone as well: nobody is left to be told
+        return BROKEN_PIPE
 
 
 def _open_missing_streams() -> None:

@@ -6,6 +6,7 @@ import datetime as dt
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 import msgspec
 
@@ -23,25 +24,27 @@ STATE_STYLES = {
 }
 
 
+class ReaderGone(Exception):
+    """Nobody reads our output any more. Not an ``OSError``: Typer would take it for its own and choose another exit code."""
+
+
 def write_out(data: bytes) -> None:
-    """Write to standard output, at once. Raises ``BrokenPipeError`` when nobody reads it any more."""
-    stream = getattr(sys.stdout, "buffer", None)
-    if stream is None:
-        sys.stdout.write(data.decode("utf-8", "replace"))
-    else:
-        sys.stdout.flush()
-        stream.write(data)
-    sys.stdout.flush()
+    """Write to standard output, at once. Raises ``ReaderGone``."""
+    _write(sys.stdout, data)
 
 
 def write_error(data: bytes) -> None:
-    stream = getattr(sys.stderr, "buffer", None)
-    if stream is None:
-        sys.stderr.write(data.decode("utf-8", "replace"))
-    else:
-        sys.stderr.flush()
-        stream.write(data)
-    sys.stderr.flush()
+    """Write to standard error, at once. Raises ``ReaderGone``."""
+    _write(sys.stderr, data)
+
+
+def _write(stream: TextIO, data: bytes) -> None:
+    try:
+        stream.flush()
+        stream.buffer.write(data)
+        stream.flush()
+    except BrokenPipeError as error:
+        raise ReaderGone from error
 
 
 def print_line(text: str) -> None:
@@ -50,7 +53,7 @@ def print_line(text: str) -> None:
 
 def note(text: str) -> None:
     """Tell a person something that is no result."""
-    print(text, file=sys.stderr, flush=True)
+    write_error(f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def print_json(value: object) -> None:

@@ -7,7 +7,7 @@ import signal
 
 from blixard.cli.failures import INTERRUPTED, OURS, TIMED_OUT, show_error
 from blixard.cli.follow import LogFollower
-from blixard.cli.output import note, print_line, write_error, write_out
+from blixard.cli.output import ReaderGone, note, print_line, write_error, write_out
 from blixard.cli.signals import Interrupt
 from blixard.client.contract import AsyncClient
 from blixard.domain.outcome import AttemptError, OutcomeKind
@@ -38,7 +38,7 @@ class RunningJob:
                 note(f"cancelling {self._job_id}; once more leaves at once")
                 await self._client.cancel(self._job_id)
             result = await ending
-        except BrokenPipeError:
+        except ReaderGone:
             # Nobody reads the output any more: end as a program in a pipe does, and the job with it.
             await self._client.cancel(self._job_id)
             raise

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from blixard.cli.main import run_command_line
+from blixard.cli.output import ReaderGone
 from blixard.domain.outcome import AttemptError, OutcomeKind
 from blixard.domain.payload import CommandPayload, FunctionPayload, ScriptPayload, WasmPayload
 from blixard.domain.requirements import Isolation
@@ -269,7 +270,7 @@ def test_a_grant_is_not_looked_for_here_when_the_job_runs_elsewhere(shell: Shell
 
 def test_a_closed_pipe_cancels_the_job(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(data: bytes) -> None:
-        raise BrokenPipeError
+        raise ReaderGone
 
     monkeypatch.setattr("blixard.cli.running.write_out", broken)
 

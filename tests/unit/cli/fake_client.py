@@ -281,7 +281,7 @@ class FakeClient(AsyncClient):
     async def logs(self, job_id: str, *, attempt: int | None = None, offset: int = 0, wait: float = 0.0) -> LogPageView:
         job = self._find(job_id)
         if job.ending is None:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # sleep: the caller asks again and again
             return LogPageView(attempt=job.attempt, entries=[], offset=offset, ended=False)
         entries = [LogEntry(at=EPOCH, stream=stream, data=data) for stream, data in job.ending.output]
         # One entry a page: whoever reads must follow the offsets.

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,13 @@ import msgspec
 
 DEADLINE = 60.0
 IDLE_WORKER = (sys.executable, "-c", "import sys, signal; signal.signal(15, lambda *a: sys.exit(0)); sys.stdin.read()")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return once the condition holds; for what gives no event to wait for."""
+    async with asyncio.timeout(DEADLINE):
+        while not condition():
+            await asyncio.sleep(0.01)  # noqa: ASYNC110 - the state of another process or library is only to be looked at
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import stat
@@ -23,7 +24,7 @@ from blixard.domain.spec import JobSpec
 from blixard.errors import ConfigError, Conflict, StoreUnavailable, Unauthenticated
 from blixard.protocol.workers import CreateTokenRequest, Scope
 from blixard.worker.program import program_config
-from tests.integration.serve_rig import DEADLINE, IDLE_WORKER, command, running
+from tests.integration.serve_rig import DEADLINE, IDLE_WORKER, command, running, until
 
 SPEC = JobSpec(name="greet", payload=CommandPayload(argv=("true",)))
 ROOT = Path(__file__).parents[2]
@@ -81,9 +82,10 @@ def test_a_second_server_on_the_directory_is_refused_by_name(tmp_path: Path) -> 
 
 def test_a_port_in_use_is_named_with_what_to_do(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        said = fails(tmp_path, port=other.getsockname()[1])
+        port = other.getsockname()[1]
+        said = fails(tmp_path, port=port)
 
-    assert f"port {other.getsockname()[1] if other.fileno() >= 0 else ''}" in said
+    assert f"port {port} on 127.0.0.1 is in use" in said
     assert "BLIXARD_SERVER__PORT" in said
 
 
@@ -179,9 +181,8 @@ async def test_a_path_too_long_for_a_socket_is_named(tmp_path: Path) -> None:
 
 
 async def test_a_start_that_failed_gives_everything_back(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        with pytest.raises(ConfigError):
-            await idle_server(settings_for(tmp_path, port=other.getsockname()[1])).start()
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ConfigError):
+        await idle_server(settings_for(tmp_path, port=other.getsockname()[1])).start()
     server = idle_server(settings_for(tmp_path))
     await server.start()
     await server.stop()
@@ -219,17 +220,16 @@ async def test_stop_at_any_moment_of_the_start_leaves_the_directory_free(tmp_pat
 async def test_a_stopping_server_answers_parked_calls(tmp_path: Path) -> None:
     server = idle_server(settings_for(tmp_path))
     listening = await server.start()
-    async with HttpClient(ServerAddress(url=listening.url)) as client:
-        job = await client.submit(SPEC)
-        waiting = asyncio.create_task(client.wait([job], wait=25))
-        while not any(door.waits.parked for door in server._doors):
-            await asyncio.sleep(0.01)
-        stopping = asyncio.create_task(server.stop())
-        # The wait itself begins anew, on a server that is gone: what counts is that it did not sit out its time.
-        done, _ = await asyncio.wait({waiting}, timeout=20)
-        assert waiting in done
-        waiting.exception()
-        await stopping
+    async with httpx.AsyncClient(base_url=f"{listening.url}/api/v1", timeout=DEADLINE) as client:
+        body = {"spec": {"name": "x", "payload": {"kind": "command", "argv": ["true"]}}, "jobs": [{"id": "one"}]}
+        assert (await client.post("/jobs", json=body)).status_code == 201
+        waiting = asyncio.create_task(client.post("/jobs/wait", json={"ids": ["one"], "wait": 50}))
+        await until(lambda: any(door.waits.parked for door in server._doors))
+
+        await asyncio.wait_for(server.stop(), 30)
+
+        answer = await waiting
+        assert (answer.status_code, answer.json()) == (200, {"ended": [], "unknown": []})
 
 
 async def test_a_worker_that_dies_is_started_again(tmp_path: Path) -> None:
@@ -238,17 +238,13 @@ async def test_a_worker_that_dies_is_started_again(tmp_path: Path) -> None:
     server = Server(settings, worker=worker)
     await server.start()
     try:
-        seen: set[int] = set()
-        async with asyncio.timeout(DEADLINE):
-            while len(seen) < 3:
-                if worker.pid is not None and worker.pid not in seen:
-                    seen.add(worker.pid)
-                    Path(f"/proc/{worker.pid}").exists()
-                    import os
-
-                    os.kill(worker.pid, signal.SIGKILL)
-                await asyncio.sleep(0.01)
-        assert worker.starts >= 3
+        killed: set[int] = set()
+        for _ in range(3):
+            await until(lambda: worker.pid is not None and worker.pid not in killed)
+            assert worker.pid is not None
+            killed.add(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+        assert worker.starts == 3
     finally:
         await server.stop()
     assert worker.pid is None
@@ -259,9 +255,7 @@ async def test_a_worker_that_ignores_the_end_is_killed(tmp_path: Path, monkeypat
     deaf = (IDLE_WORKER[0], "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); signal.pause()")
     worker = LocalWorker(program_config(settings_for(tmp_path)), grace_seconds=0.1, command=deaf)
     worker.start()
-    async with asyncio.timeout(DEADLINE):
-        while worker.pid is None:
-            await asyncio.sleep(0.01)
+    await until(lambda: worker.pid is not None)
     await worker.stop()
     assert worker.pid is None
 

@@ -4,6 +4,8 @@
 loopback. ``{abstract}``: an abstract Unix socket of the host. ``{granted}``: a directory granted for writing.
 """
 
+# ruff: noqa: E501 -- one attempt a line reads better than its pieces
+
 from __future__ import annotations
 
 PRELUDE = """

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable
 
 from blixard.backends.sandbox import kernel
-from blixard.backends.sandbox.syscalls import AUDIT_ARCH, NUMBERS, RULES, Condition, Machine, Rule, Test
+from blixard.backends.sandbox.syscalls import AUDIT_ARCH, NUMBERS, RULES, Comparison, Condition, Machine, Rule
 from blixard.errors import NotSupportedHere
 
 LOAD_WORD = 0x20  # BPF_LD | BPF_W | BPF_ABS
@@ -105,10 +105,10 @@ def _assemble_condition(condition: Condition, rest: int) -> list[Instruction]:
     load: Instruction = (LOAD_WORD, 0, 0, ARGUMENTS_OFFSET + 8 * condition.argument)
     values = condition.values
     match condition.test:
-        case Test.ANY_BIT:
+        case Comparison.ANY_BIT:
             return [load, (JUMP_ANY_BIT, 0, rest, values[0])]
-        case Test.EQUALS:
+        case Comparison.EQUALS:
             return [load, (JUMP_EQUAL, 0, rest, values[0])]
-        case Test.NOT_IN:
+        case Comparison.NOT_IN:
             last = len(values) - 1
             return [load, *((JUMP_EQUAL, rest + last - i, 0, value) for i, value in enumerate(values))]

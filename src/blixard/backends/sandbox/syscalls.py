@@ -20,7 +20,7 @@ class Machine(enum.StrEnum):
     AARCH64 = "aarch64"
 
 
-class Test(enum.StrEnum):
+class Comparison(enum.StrEnum):
     """How the low 32 bits of an argument are judged; the kernel ignores the upper ones of every argument used here."""
 
     ANY_BIT = "any_bit"
@@ -31,7 +31,7 @@ class Test(enum.StrEnum):
 @dataclass(frozen=True)
 class Condition:
     argument: int
-    test: Test
+    test: Comparison
     values: tuple[int, ...]
 
 
@@ -54,7 +54,7 @@ PERSONALITIES = (0, 0xFFFFFFFF)  # plain Linux, and the question which one it is
 
 
 def _any_bit(argument: int, mask: int) -> Condition:
-    return Condition(argument, Test.ANY_BIT, (mask,))
+    return Condition(argument, Comparison.ANY_BIT, (mask,))
 
 
 def _conditional() -> list[Rule]:
@@ -71,14 +71,18 @@ def _conditional() -> list[Rule]:
         Rule("mknod", EPERM, ((_any_bit(1, SET_ID_BITS),),)),
         Rule("mknodat", EPERM, ((_any_bit(2, SET_ID_BITS),),)),
         # Keystrokes put into a terminal are run by the shell behind it.
-        Rule("ioctl", EPERM, ((Condition(1, Test.EQUALS, (TIOCSTI,)),), (Condition(1, Test.EQUALS, (TIOCLINUX,)),))),
+        Rule(
+            "ioctl",
+            EPERM,
+            ((Condition(1, Comparison.EQUALS, (TIOCSTI,)),), (Condition(1, Comparison.EQUALS, (TIOCLINUX,)),)),
+        ),
         # In a user namespace of its own a job would have every capability, and with it far more of the kernel to attack.
         Rule("clone", EPERM, ((_any_bit(0, NAMESPACE_FLAGS),),)),
         Rule("unshare", EPERM, ((_any_bit(0, NAMESPACE_FLAGS | NEW_TIME),),)),
         # Rare protocol families are where kernel bugs live.
-        Rule("socket", errno.EAFNOSUPPORT, ((Condition(0, Test.NOT_IN, SOCKET_FAMILIES),),)),
-        Rule("socketpair", errno.EAFNOSUPPORT, ((Condition(0, Test.NOT_IN, SOCKET_FAMILIES),),)),
-        Rule("personality", EPERM, ((Condition(0, Test.NOT_IN, PERSONALITIES),),)),
+        Rule("socket", errno.EAFNOSUPPORT, ((Condition(0, Comparison.NOT_IN, SOCKET_FAMILIES),),)),
+        Rule("socketpair", errno.EAFNOSUPPORT, ((Condition(0, Comparison.NOT_IN, SOCKET_FAMILIES),),)),
+        Rule("personality", EPERM, ((Condition(0, Comparison.NOT_IN, PERSONALITIES),),)),
     ]
 
 

@@ -1,1 +1,83 @@
-"""Blixard runs jobs in isolated sandboxes from a durable queue."""
+"""Blixard runs jobs in isolated sandboxes from a durable queue.
+
+Names are imported when first used, so that importing this package is free.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blixard.client import AsyncClient, Client, open_client
+    from blixard.domain.outcome import OutcomeKind
+    from blixard.domain.requirements import Isolation
+    from blixard.domain.retry import RetryPolicy
+    from blixard.domain.state_machine import JobState
+    from blixard.errors import (
+        BlixardError,
+        CallerError,
+        ConfigError,
+        InvalidRequest,
+        JobCancelled,
+        JobError,
+        JobFailed,
+        JobNotFound,
+        JobTimedOut,
+        Unavailable,
+        WaitTimedOut,
+        WorkerLost,
+    )
+    from blixard.sdk.app import App
+    from blixard.sdk.function import JobFunction
+    from blixard.sdk.handle import JobHandle
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "App",
+    "AsyncClient",
+    "BlixardError",
+    "CallerError",
+    "Client",
+    "ConfigError",
+    "InvalidRequest",
+    "Isolation",
+    "JobCancelled",
+    "JobError",
+    "JobFailed",
+    "JobFunction",
+    "JobHandle",
+    "JobNotFound",
+    "JobState",
+    "JobTimedOut",
+    "OutcomeKind",
+    "RetryPolicy",
+    "Unavailable",
+    "WaitTimedOut",
+    "WorkerLost",
+    "open_client",
+]
+
+_HOMES = {
+    "App": "blixard.sdk.app",
+    "AsyncClient": "blixard.client",
+    "Client": "blixard.client",
+    "Isolation": "blixard.domain.requirements",
+    "JobFunction": "blixard.sdk.function",
+    "JobHandle": "blixard.sdk.handle",
+    "JobState": "blixard.domain.state_machine",
+    "OutcomeKind": "blixard.domain.outcome",
+    "RetryPolicy": "blixard.domain.retry",
+    "open_client": "blixard.client",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "blixard.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

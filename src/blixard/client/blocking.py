@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
 import threading
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,10 @@ class _Portal:
             future.cancel()
             raise
 
+    async def call_async(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> R:
+        """Do the same from a coroutine of another loop, which stays free; cancelling it cancels the work."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._run(work), self._loop))
+
     def open(self) -> None:
         self.call(_nothing)
 
@@ -100,6 +104,19 @@ async def _end_stream(stream: AsyncIterator[bytes]) -> None:
         await stream.aclose()
 
 
+def _at_exit(close: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Close at exit, before the interpreter shuts its thread pools: closing needs them, and atexit would be too late.
+
+    There is no public call for that moment; concurrent.futures uses this one (https://bugs.python.org/issue39812).
+    """
+
+    def close_if_alive() -> None:
+        if (call := close()) is not None:
+            call()
+
+    threading._register_atexit(close_if_alive)  # type: ignore[attr-defined]  # noqa: SLF001 - see above
+
+
 class Client:
     """Opens with the first call, may be shared by threads, survives ``fork`` (the child gets a client of its own), closes at exit.
 
@@ -120,7 +137,6 @@ class Client:
 
     def close(self) -> None:
         """End this client's worker and connections. Allowed twice; a later call opens it again."""
-        atexit.unregister(self.close)
         with self._lock:
             portal, self._portal = self._portal, None
         if portal is not None and portal.pid == os.getpid():
@@ -129,6 +145,10 @@ class Client:
     def call(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> R:
         """Run something that needs several asynchronous calls, and return its result."""
         return self._call(work)
+
+    async def call_async(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> R:
+        """Do the same from a coroutine; its event loop stays free meanwhile."""
+        return await self._living_portal().call_async(work)
 
     def submit(self, spec: JobSpec, job: NewJob | None = None) -> str:
         return self._call(lambda c: c.submit(spec, job))
@@ -222,5 +242,5 @@ class Client:
             if self._portal is None or self._portal.pid != os.getpid():
                 # After a fork the thread is gone and the connections are the parent's: they are left to it untouched.
                 self._portal = _Portal(self._connect)
-                atexit.register(self.close)
+                _at_exit(weakref.WeakMethod(self.close))
             return self._portal

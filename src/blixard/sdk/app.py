@@ -1,0 +1,110 @@
+"""An application: the jobs of one program, and how it reaches the queue."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack, overload
+
+from blixard.domain.payload import Encoding
+from blixard.errors import InvalidRequest
+from blixard.sdk.function import JobFunction
+from blixard.sdk.handle import JobHandle
+from blixard.sdk.options import JobOptions, OptionArguments
+
+if TYPE_CHECKING:
+    from blixard.bundling import Bundler
+    from blixard.client.blocking import Client
+    from blixard.client.contract import AsyncClient
+
+P = ParamSpec("P")
+R = TypeVar("R")
+MAX_REMEMBERED_UPLOADS = 1_024
+
+
+class App:
+    """Names a group of jobs. Nothing is opened before the first submission, so importing a module with jobs costs nothing.
+
+    ``server`` (a URL) and ``token`` default to the configuration (``BLIXARD_SERVER``, ``BLIXARD_TOKEN``); without a server
+    jobs live in ``data_dir``, by default the configured data directory. ``client`` takes a client of your own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        server: str | None = None,
+        token: str | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+        client: Client | None = None,
+    ) -> None:
+        if not name or not name.isprintable():
+            raise InvalidRequest("an app needs a name of printable characters", field="name")
+        self.name = name
+        self._overrides = {
+            "server.url": server,
+            "server.token": token,
+            "storage.data_dir": None if data_dir is None else os.fspath(data_dir),
+        }
+        self._client = client
+        self._bundler: Bundler | None = None
+        self._uploaded: set[str] = set()
+        self._lock = threading.Lock()
+
+    @overload
+    def job(self, function: Callable[P, R], /) -> JobFunction[P, R]: ...
+    @overload
+    def job(self, /, **options: Unpack[OptionArguments]) -> Callable[[Callable[P, R]], JobFunction[P, R]]: ...
+    def job(
+        self, function: Callable[P, R] | None = None, /, **options: Unpack[OptionArguments]
+    ) -> JobFunction[P, R] | Callable[[Callable[P, R]], JobFunction[P, R]]:
+        """Make a function submittable: ``@app.job`` or ``@app.job(retries=3, timeout=30)``. It can still be called as before."""
+        declared = JobOptions().changed(options)
+
+        def declare(target: Callable[P, R]) -> JobFunction[P, R]:
+            return JobFunction(self, target, declared)
+
+        return declare if function is None else declare(function)
+
+    def handle(self, job_id: str, *, encoding: str = Encoding.JSON) -> JobHandle[object]:
+        """Return a handle to a job that was submitted before, here or elsewhere."""
+        return JobHandle(self.client, job_id, Encoding(encoding))
+
+    @property
+    def client(self) -> Client:
+        """The client of this app, opened at its first use. Raises ``ConfigError``."""
+        with self._lock:
+            if self._client is None:
+                self._client = self._connect()
+            return self._client
+
+    def _connect(self) -> Client:
+        from blixard.client.blocking import Client
+        from blixard.client.opening import open_client
+        from blixard.config import AppConfig
+
+        settings = AppConfig.load_with_layers(self._overrides).settings
+        return Client(lambda: open_client(settings))
+
+    @property
+    def bundler(self) -> Bundler:
+        if self._bundler is None:
+            from blixard.bundling import Bundler
+
+            self._bundler = Bundler()
+        return self._bundler
+
+    async def upload(self, client: AsyncClient, digest: str, archive: bytes) -> None:
+        """Send a bundle once."""
+        if digest not in self._uploaded:
+            await client.put_blob(archive)
+            if len(self._uploaded) >= MAX_REMEMBERED_UPLOADS:
+                self._uploaded.clear()
+            self._uploaded.add(digest)
+
+    def close(self) -> None:
+        """Close the client, if it was opened. Allowed twice."""
+        with self._lock:
+            if self._client is not None:
+                self._client.close()

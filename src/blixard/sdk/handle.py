@@ -1,0 +1,70 @@
+"""A handle to one submitted job."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
+
+from blixard.domain.payload import Encoding
+from blixard.domain.state_machine import JobState
+from blixard.protocol.jobs import JobDetail, WhyView
+from blixard.sdk.ends import result_bytes
+from blixard.sdk.values import decode_result
+
+if TYPE_CHECKING:
+    from blixard.client.blocking import Client
+    from blixard.client.contract import AsyncClient
+
+R = TypeVar("R")
+
+
+class JobHandle(Generic[R]):
+    """Stands for a job that is stored durably; keep its ``id`` and get a handle again with ``App.handle(id)``."""
+
+    def __init__(self, client: Client, job_id: str, encoding: Encoding = Encoding.JSON) -> None:
+        self._client = client
+        self._encoding = encoding
+        self.id = job_id
+
+    def __repr__(self) -> str:
+        return f"<job {self.id}>"
+
+    def result(self, timeout: float | None = None) -> R:
+        """Wait for the end and return what the function returned.
+
+        Raises ``JobFailed`` (with the remote traceback), ``JobTimedOut``, ``JobCancelled``, ``WorkerLost``, and ``WaitTimedOut``
+        after ``timeout`` seconds; the job goes on then. Without a server, waiting is what makes the job run.
+        """
+        return self._value(self._client.call(lambda client: self._fetch(client, timeout)))
+
+    async def result_async(self, timeout: float | None = None) -> R:  # noqa: ASYNC109 - the user's word
+        """Do the same in an event loop, which stays free meanwhile."""
+        return self._value(await self._client.call_async(lambda client: self._fetch(client, timeout)))
+
+    async def _fetch(self, client: AsyncClient, timeout: float | None) -> bytes | None:  # noqa: ASYNC109 - handed on
+        return await result_bytes(client, await client.result(self.id, timeout=timeout))
+
+    def _value(self, data: bytes | None) -> R:
+        return cast("R", decode_result(self._encoding, data))
+
+    def detail(self) -> JobDetail:
+        """Return everything about the job as it stands."""
+        return self._client.job(self.id)
+
+    def state(self) -> JobState:
+        return self.detail().state
+
+    def done(self) -> bool:
+        """Say whether the job has ended, however."""
+        return self.state().is_terminal
+
+    def cancel(self) -> JobState:
+        """Cancel it; returns its state. Raises ``InvalidTransition`` when it has ended otherwise."""
+        return self._client.cancel(self.id).state
+
+    def retry(self) -> JobState:
+        """Run a failed or cancelled job again. Raises ``InvalidTransition`` for others."""
+        return self._client.retry(self.id).state
+
+    def why(self) -> WhyView:
+        """Say why it does not run, and what would unblock it."""
+        return self._client.why(self.id)

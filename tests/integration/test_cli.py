@@ -227,6 +227,8 @@ def test_the_same_map_again_runs_nothing_and_fresh_runs_all(terminal: Terminal) 
     fresh = terminal.run(*command[:1], "--fresh", *command[1:])
     assert sorted(fresh.out.splitlines()) == sorted(first.out.splitlines())
     assert len(terminal.jobs()) == 6
+    assert terminal.run("submit", "--id", "job_1", "count.py").code == 0
+    assert json.loads(terminal.run("job", "last", "--json").out)["id"] == "job_1"
 
 
 def test_map_files_reach_their_jobs_in_the_sandbox(terminal: Terminal) -> None:

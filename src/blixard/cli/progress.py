@@ -95,12 +95,16 @@ class LineView(SilentView):
         note(describe_progress(tally, now - self._began))
 
 
+def show_rate(rate: float) -> str:
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+
+
 def describe_progress(tally: Tally, seconds: float) -> str:
     remaining = tally.remaining(seconds)
     left = f", {show_duration(float(round(remaining)))} left" if remaining is not None else ""
     return (
         f"{tally.ended:,}/{tally.total:,} done, {tally.failed:,} failed, {tally.running:,} running, "
-        f"{tally.rate(seconds):.3g}/s{left}"
+        f"{show_rate(tally.rate(seconds))}{left}"
     )
 
 
@@ -129,7 +133,7 @@ class BarView:
             count=f"{tally.ended:,}/{tally.total:,}",
             failed=f"{tally.failed:,} failed" if tally.failed else "",
             running=f"{tally.running:,} running",
-            rate=f"{tally.rate(seconds):.3g}/s",
+            rate=show_rate(tally.rate(seconds)),
             left=f"{show_duration(float(round(remaining)))} left" if remaining is not None else "",
         )
 
@@ -173,5 +177,5 @@ def summarise(tally: Tally, seconds: float) -> str:
     parts += [f"{tally.failed:,} failed"] if tally.failed else []
     parts += [f"{tally.cancelled:,} cancelled"] if tally.cancelled else []
     ran = tally.ended - tally.before
-    speed = f" ({tally.rate(seconds):.3g}/s)" if ran and seconds > 0 else ""
+    speed = f" ({show_rate(tally.rate(seconds))})" if ran and seconds > 0 else ""
     return f"{plural(tally.total, 'job')}: {', '.join(parts)}; {ran:,} ran now in {show_duration(seconds)}{speed}"

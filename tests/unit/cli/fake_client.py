@@ -230,7 +230,7 @@ class FakeClient(AsyncClient):
     async def jobs(self, where: JobFilter | None = None, *, limit: int = 100, cursor: str | None = None) -> JobPage:
         self.filters.append((where or JobFilter(), limit, cursor))
         ids = list(reversed(self.store.jobs))
-        start = int(cursor or 0)
+        start = int(cursor) if cursor is not None and cursor.isdecimal() else 0
         found = [
             msgspec.convert(self._view(job_id), JobView, from_attributes=True) for job_id in ids[start : start + limit]
         ]

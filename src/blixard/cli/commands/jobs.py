@@ -27,6 +27,8 @@ from blixard.protocol.jobs import JobDetail, JobFilter, JobView, LogEntry
 
 app = typer.Typer(rich_markup_mode=PLAIN)
 LAST = "last"
+ABOVE_SINGLE_JOBS = "job_zzzzzzzz"
+"""Greater than every id that ``new_job_id`` makes in this millennium."""
 LOOK_SECONDS = 0.5
 """Between two looks at whether a followed job has ended."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -40,10 +42,12 @@ async def resolve_id(client: AsyncClient, given: str) -> str:
     """Return the id that is meant; ``last`` is the newest job. Raises ``InvalidRequest``, ``JobNotFound``."""
     if given != LAST:
         return check_id(given, field="job id")
-    page = await client.jobs(limit=1)
-    if not page.jobs:
+    # Lists go by id. Those of maps begin with another letter than those of single jobs, so both heads are looked at.
+    heads = [await client.jobs(limit=1), await client.jobs(limit=1, cursor=ABOVE_SINGLE_JOBS)]
+    newest = max((job for page in heads for job in page.jobs), key=lambda job: job.created_at, default=None)
+    if newest is None:
         raise JobNotFound(LAST)
-    return page.jobs[0].id
+    return newest.id
 
 
 @app.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import threading
 import weakref
@@ -107,8 +108,10 @@ async def _end_stream(stream: AsyncIterator[bytes]) -> None:
 def _at_exit(close: weakref.WeakMethod[Callable[[], None]]) -> None:
     """Close at exit, before the interpreter shuts its thread pools: closing needs them, and atexit would be too late.
 
-    There is no public call for that moment; concurrent.futures uses this one (https://bugs.python.org/issue39812).
+    There is no public call for that moment; concurrent.futures uses this one (https://bugs.python.org/issue39812), and
+    must have done so before us: the last to ask is called first.
     """
+    importlib.import_module("concurrent.futures.thread")
 
     def close_if_alive() -> None:
         if (call := close()) is not None:

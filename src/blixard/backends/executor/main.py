@@ -67,16 +67,16 @@ class Executor:
     def _run(self, call: Call) -> Answer:
         task, caller = self._find(call.task)
         self._environment.set_up(task.environment, _variables_of(call))
-        started_at = time.time_ns() // 1000
+        started_ns = time.time_ns()
         ending, duration = self._end(call, task, caller)
         if os.getpid() != self._pid:
             self._end_as_child(ending)
         self.exit_code = ending.exit_code if task.path is not None else 0
         self._streams.finish()
-        retire = self._restore()
+        retire = self._restore(started_ns)
         return Answer(
             call.number,
-            started_at,
+            started_ns // 1000,
             time.time_ns() // 1000,
             duration,
             ending.exit_code,
@@ -94,13 +94,13 @@ class Executor:
         self._streams.finish()
         os._exit(ending.exit_code)
 
-    def _restore(self) -> str | None:
+    def _restore(self, started_ns: int) -> str | None:
         """Make ready for the next call; return why this process must not take one."""
         if self._launch.single_use:
             return "used once"
         self._environment.restore()
         assert self._surroundings is not None
-        return self._surroundings.restore() or (None if self._calls_left else "worn out")
+        return self._surroundings.restore(started_ns) or (None if self._calls_left else "worn out")
 
     def _find(self, encoded: bytes) -> tuple[Task, FunctionCaller]:
         known = self._callers.get(encoded)
@@ -144,7 +144,7 @@ class Executor:
             return
         names = self._launch.private if self._launch.directory is not None else ()
         places = tuple(os.path.join(str(self._launch.directory), name) for name in names)
-        self._surroundings = Surroundings(places, self._launch.working_directory)
+        self._surroundings = Surroundings(places)
 
 
 def _variables_of(call: Call) -> dict[str, str]:

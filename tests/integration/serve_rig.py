@@ -72,6 +72,8 @@ def running(data_dir: Path, server: Mapping[str, object] | None = None, *, worke
 
 
 def main() -> int:
+    import uvloop
+
     from blixard.api.local_worker import LocalWorker
     from blixard.api.serve import serve
     from blixard.api.server import Listening, Server
@@ -88,7 +90,7 @@ def main() -> int:
         print(msgspec.json.encode(listening, enc_hook=str).decode(), flush=True)
 
     try:
-        return asyncio.run(serve(settings, ready, server=server))
+        return uvloop.run(serve(settings, ready, server=server))
     except BlixardError as error:
         sys.stderr.write(f"error: {error.message}\nhint: {error.hint}\n")
         return 2

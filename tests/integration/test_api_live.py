@@ -144,12 +144,12 @@ async def test_the_socket_is_trusted_and_the_port_is_not(live: Live) -> None:
     assert (await live.client.get("/stats")).status_code == 401
 
 
-async def test_a_thousand_requests_on_few_connections_are_all_answered(live: Live) -> None:
+async def test_hundreds_of_requests_at_once_are_all_answered(live: Live) -> None:
     body = {"spec": SPEC, "jobs": [{}]}
-    answers = await asyncio.gather(*(live.client.post("/jobs", json=body) for _ in range(1000)))
+    answers = await asyncio.gather(*(live.client.post("/jobs", json=body) for _ in range(200)))
 
     assert {answer.status_code for answer in answers} == {201}
-    assert (await live.client.get("/stats")).json()["jobs"] == {"pending": 1000}
+    assert (await live.client.get("/stats")).json()["jobs"] == {"pending": 200}
 
 
 @pytest.mark.parametrize(

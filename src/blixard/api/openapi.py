@@ -95,6 +95,8 @@ def _problem_statuses(route: Route[object, object]) -> list[int]:
     statuses = set(_COMMON_PROBLEMS if route.scopes else (400, 500, 503))
     if route.request is not type(None):
         statuses |= {413, 507} if route.request is bytes else {409, 413, 415, 422, 507}
+    if route.query is not NoQuery:
+        statuses |= {413}
     if "{" in route.path or route.request is not type(None):
         statuses |= {404}
     if route.method != "GET" and "{" in route.path:

@@ -8,6 +8,7 @@ import msgspec
 
 from blixard.backends.contract import Execution, ExecutionObserver, Stream
 from blixard.backends.outcomes import now
+from blixard.domain.limits import MAX_TIMEOUT_SECONDS
 from blixard.domain.outcome import Outcome, OutcomeKind
 
 MAX_SPAWNS = 3
@@ -28,6 +29,8 @@ class Pace:
         self.depth = 1
 
     def learn(self, seconds: float) -> None:
+        if not 0 <= seconds <= MAX_TIMEOUT_SECONDS:
+            return  # no duration: whoever says so is not our code
         known = self._average
         self._average = seconds if known is None else known + _NEW_SHARE * (seconds - known)
         self.depth = max(1, min(MAX_PIPELINE, int(PIPELINE_SECONDS / max(self._average, 1e-9))))

@@ -8,9 +8,14 @@ import time
 import msgspec
 
 from blixard.backends.executor.messages import Answer
+from blixard.domain.limits import MAX_ERROR_BYTES, MAX_INLINE_RESULT_BYTES, MAX_NAME_LENGTH, MAX_RESULT_BYTES
 from blixard.domain.outcome import AttemptError, Outcome, OutcomeKind
 
 TIMED_OUT_EXIT_CODE = 124
+MAX_EXIT_CODE = 255
+_CLOCK_SLACK = 1_000_000
+_decode = msgspec.json.Decoder().decode
+_skip = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def now() -> int:
@@ -19,14 +24,44 @@ def now() -> int:
 
 
 def outcome_of_answer(answer: Answer) -> Outcome:
-    """What a Python job's executor says. Its exit code decides."""
+    """What a Python job's executor says. Its exit code decides.
+
+    The process that speaks has run the job's code and may be the job's: nothing it says may break whoever stores it.
+    """
+    exit_code = min(max(answer.exit_code, 0), MAX_EXIT_CODE)
+    if answer.result is not None and not exit_code and not _is_json(answer.result):
+        return refused("ChannelMisused", "the job's result is not JSON")
+    finished_at = now()
+    times = 0 <= answer.started_at <= answer.finished_at <= finished_at + _CLOCK_SLACK
     return Outcome(
-        kind=OutcomeKind.FAILED if answer.exit_code else OutcomeKind.COMPLETED,
-        started_at=answer.started_at,
-        finished_at=answer.finished_at,
-        exit_code=answer.exit_code,
-        result=None if answer.result is None or answer.exit_code else msgspec.Raw(answer.result),
-        error=answer.error,
+        kind=OutcomeKind.FAILED if exit_code else OutcomeKind.COMPLETED,
+        started_at=answer.started_at if times else finished_at,
+        finished_at=answer.finished_at if times else finished_at,
+        exit_code=exit_code,
+        result=None if answer.result is None or exit_code else msgspec.Raw(answer.result),
+        error=None if answer.error is None else _bounded(answer.error),
+    )
+
+
+def _is_json(data: bytes) -> bool:
+    if data == b"null":
+        return True
+    try:
+        # A large result becomes a blob that nothing else is built around: that it is well-formed is enough.
+        _decode(data) if len(data) <= MAX_INLINE_RESULT_BYTES else _skip(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return len(data) <= MAX_RESULT_BYTES
+
+
+def _bounded(error: AttemptError) -> AttemptError:
+    if len(error.type) + len(error.message) + len(error.traceback or "") + len(error.hint or "") <= MAX_ERROR_BYTES:
+        return error
+    return AttemptError(
+        type=error.type[:MAX_NAME_LENGTH],
+        message=error.message[: MAX_ERROR_BYTES // 4],
+        traceback=(error.traceback or "")[-MAX_ERROR_BYTES // 2 :] or None,
+        retryable=error.retryable,
     )
 
 

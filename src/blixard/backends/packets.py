@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import os
 import socket
 
 MAX_INLINE_BYTES = 64 * 1024
 """A larger packet would not fit into a socket's buffer beside others; it goes as a memory file."""
+MAX_PACKET_BYTES = 32 * 1024 * 1024
+"""Results are smaller. Whoever sends more is not our code: reading it would cost our memory."""
 MAX_DESCRIPTORS = 8
 _IN_MEMORY = b"M"
 _ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
@@ -35,6 +38,10 @@ def send_packet(sock: socket.socket, data: bytes, descriptors: tuple[int, ...] =
         os.close(memory)
 
 
+class InvalidPacket(Exception):
+    """The other end does not keep to the rules, so it is not our code any more."""
+
+
 class PacketReader:
     """Receives packets; owns one buffer for all of them.
 
@@ -51,7 +58,8 @@ class PacketReader:
     def receive(self) -> tuple[memoryview | bytes, list[int]] | None:
         """Return the next packet and its descriptors, which the caller must close; None at the end.
 
-        The packet is valid until the next call. Raises ``BlockingIOError`` when a non-blocking socket has nothing.
+        The packet is valid until the next call. Raises ``BlockingIOError`` when a non-blocking socket has nothing, and
+        ``InvalidPacket``; no descriptor stays open then.
         """
         try:
             size, ancillary, _, _ = self._socket.recvmsg_into(self._buffers, _ANCILLARY, self._flags)
@@ -62,7 +70,13 @@ class PacketReader:
         descriptors = _descriptors(ancillary)
         if self._view[:size] != _IN_MEMORY:
             return self._view[:size], descriptors
-        return _content(descriptors.pop(0)), descriptors
+        try:
+            return _content(descriptors[0]), descriptors[1:]
+        except (InvalidPacket, OSError) as error:
+            close_all(descriptors[1:])
+            raise InvalidPacket(str(error)) from error
+        finally:
+            os.close(descriptors[0])
 
 
 def _memory_file(data: bytes) -> int:
@@ -73,17 +87,26 @@ def _memory_file(data: bytes) -> int:
     return memory
 
 
+def close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
 def _content(memory: int) -> bytes:
-    try:
-        size = os.fstat(memory).st_size
-        data = bytearray(size)
-        view = memoryview(data)
-        done = 0
-        while done < size:
-            done += os.preadv(memory, [view[done:]], done)
-        return bytes(data)
-    finally:
-        os.close(memory)
+    """Read the whole memory file. Any other file is refused: reading it might block."""
+    fcntl.fcntl(memory, fcntl.F_GET_SEALS)
+    size = os.fstat(memory).st_size
+    if size > MAX_PACKET_BYTES:
+        raise InvalidPacket(f"a packet of {size} bytes; MAX_PACKET_BYTES allows {MAX_PACKET_BYTES}")
+    data = bytearray(size)
+    view = memoryview(data)
+    done = 0
+    while done < size:
+        count = os.preadv(memory, [view[done:]], done)
+        if count == 0:
+            raise InvalidPacket("a packet that shrinks while it is read")
+        done += count
+    return bytes(data)
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

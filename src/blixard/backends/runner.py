@@ -11,10 +11,12 @@ from collections import deque
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from blixard.backends.attempt import Attempt
 from blixard.backends.contract import Stream
 from blixard.backends.executor.messages import STDERR_TAG, STDOUT_TAG, Answer, decode_answer, decode_call
-from blixard.backends.packets import PacketReader, packet_pair, send_packet
+from blixard.backends.packets import InvalidPacket, PacketReader, close_all, packet_pair, send_packet
 from blixard.backends.zygote.client import ZygoteClient
 from blixard.backends.zygote.messages import (
     KILL,
@@ -71,6 +73,7 @@ class Runner:
         self.has_begun = False
         """The job's own code may have run."""
         self.has_answered = False
+        self.is_broken = False
         self._held: tuple[Attempt, Answer] | None = None
         self._control: socket.socket | None = None
         self._channel: socket.socket | None = None
@@ -155,6 +158,7 @@ class Runner:
         reader = PacketReader(self._far_end, is_hasty=True)
         with contextlib.suppress(BlockingIOError):
             while (received := reader.receive()) is not None:
+                close_all(received[1])
                 numbers.add(decode_call(received[0]).number)
         taken = [attempt for attempt in self.sent if attempt.number in numbers]
         if taken:
@@ -167,10 +171,28 @@ class Runner:
             return
         with contextlib.suppress(BlockingIOError):
             for _ in range(MAX_PACKETS):
-                received = self._reader.receive() if self._channel is not None else None
-                if received is None:
+                if self._channel is None or self.is_broken:
                     return
-                self._take(received[0])
+                if not self._receive():
+                    return
+
+    def _receive(self) -> bool:
+        try:
+            received = self._reader.receive()
+            if received is None:
+                return False
+            close_all(received[1])
+            self._take(received[0])
+        except (InvalidPacket, msgspec.DecodeError, IndexError):
+            self._break()
+        return True
+
+    def _break(self) -> None:
+        """What speaks in the channel is not our code: the job has got hold of it. Believe nothing more, and end it."""
+        self.is_broken = True
+        if self._channel is not None:
+            self._loop.remove_reader(self._channel)
+        self.kill()
 
     def _take(self, packet: memoryview | bytes) -> None:
         stream = _OUTPUT.get(packet[0])
@@ -180,12 +202,14 @@ class Runner:
             self.sent[0].write(stream, bytes(packet[1:]))
 
     def _take_answer(self, answer: Answer) -> None:
-        attempt = self.sent.popleft()
+        attempt = self.sent[0]
+        if attempt.number != answer.number:
+            raise InvalidPacket("executors answer in the order of the calls")
+        self.sent.popleft()
         self.has_answered = True
-        assert attempt.number == answer.number, "an executor answers in the order of the calls"
         self.head_since = self._loop.time()
         self._read_native_output(attempt, answer)
-        if answer.retire is None:
+        if answer.retire is None and not self.is_single_use:
             self._owner.answered(self, attempt, answer)
         else:  # the outcome waits until nothing of the process is left
             self.is_ending = True

@@ -71,7 +71,7 @@ class RunnerBackend(abc.ABC):
         self._attempts: dict[AttemptRef, Attempt] = {}
         self._runners: dict[Attempt, Runner] = {}
         self._alive: set[Runner] = set()
-        self._executors: list[Runner] = []
+        self._executors: list[Runner] = []  # those of _alive that can be reused
         self._known: dict[int, _Known] = {}
         self._zygote: ZygoteClient | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -149,7 +149,7 @@ class RunnerBackend(abc.ABC):
         if attempt is None or attempt.is_done:
             return
         runner = self._runners.get(attempt)
-        if runner is not None:
+        if runner is not None and not runner.is_single_use:
             self._requeue(runner.settle())
             runner = self._runners.get(attempt)
         if attempt.is_done:
@@ -365,6 +365,8 @@ class RunnerBackend(abc.ABC):
             self._finish(attempt, self._early_outcome(attempt, answer.started_at))
         else:
             self._finish(attempt, outcome_of_answer(answer))
+        if runner.is_ending and not runner.is_gone:
+            runner.kill()  # the job was told to end and did so nicely; its executor has heard the signal, too
         if self._waiting:
             self._dispatch_soon()
 
@@ -388,6 +390,8 @@ class RunnerBackend(abc.ABC):
     def _finish_without_answer(self, attempt: Attempt, runner: Runner, end: Exited | SpawnFailed | None) -> None:
         if attempt.ending is not None:
             self._finish(attempt, self._early_outcome(attempt, attempt.started_at))
+        elif runner.is_broken:
+            self._finish(attempt, refused("ChannelMisused", "the job wrote into descriptor 3, which is Blixard's own"))
         elif isinstance(end, SpawnFailed) and end.is_fault_of_job:
             self._finish(attempt, refused(end.error_type, end.message, exit_code=end.exit_code))
         elif isinstance(end, SpawnFailed) or (end is None and not runner.has_begun and not runner.has_channel):

@@ -274,6 +274,96 @@ async def test_a_function_can_be_cancelled_and_its_neighbours_go_on(rig: Rig) ->
     assert [(await job.end()).kind for job in neighbours] == [OutcomeKind.COMPLETED] * 20
 
 
+CLEAN_UP = """
+import signal, time
+def job():
+    ended = []
+    signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
+    print("ready", flush=True)
+    while not ended: time.sleep(0.01)
+    print("cleaned")
+"""
+
+
+@pytest.mark.requires(Capability.SIGNALS)
+async def test_functions_that_clean_up_when_cancelled_leave_their_slot_free(rig: Rig) -> None:
+    for _ in range(rig.settings.slots + 1):
+        running = rig.begin(rig.function(CLEAN_UP))
+        await running.observer.wait_for_output("ready")
+        rig.backend.interrupt(running.ref, StopReason.CANCEL)
+        assert (await running.end()).kind is OutcomeKind.CANCELLED
+        assert running.observer.stdout == "ready\ncleaned\n"
+    assert (await rig.run(rig.function(ADD, 1)))[0].kind is OutcomeKind.COMPLETED
+
+
+async def test_a_job_can_be_cancelled_at_any_moment_of_its_start(rig: Rig) -> None:
+    for turns in range(1, 21):
+        running = rig.begin(rig.program("import time\ntime.sleep(600)"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        rig.backend.interrupt(running.ref, StopReason.CANCEL)
+        assert (await running.end()).kind is OutcomeKind.CANCELLED
+    assert (await rig.run(rig.function(ADD, 1)))[0].kind is OutcomeKind.COMPLETED
+
+
+HOSTILE = """
+import array, msgspec, os, socket
+def send(data, descriptors=()):
+    channel = socket.socket(fileno=os.dup(3))
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    channel.sendmsg([data], ancillary)
+def memory(size):
+    descriptor = os.memfd_create("m")
+    os.truncate(descriptor, size)
+    return descriptor
+def answer(number, **fields):
+    known = dict(started=1, finished=2, duration=0.0, code=0, result=b"1", error=None) | fields
+    return msgspec.msgpack.encode([number, *known.values()])
+def job(how):
+    {
+        "garbage": lambda: send(b"\\xff garbage"),
+        "empty struct": lambda: send(b"\\x90"),
+        "foreign answer": lambda: send(answer(10**9)),
+        "two answers": lambda: [send(answer(n)) for n in range(1, 2000) for _ in range(2)],
+        "huge": lambda: send(b"M", [memory(64 << 20)]),
+        "no memory": lambda: send(b"M", [os.pipe()[0]]),
+        "descriptors": lambda: [send(b"1x", [0] * 8) for _ in range(50)] and send(b"\\xff"),
+    }[how]()
+    while True: os.read(0, 1)
+"""
+
+
+@pytest.mark.parametrize(
+    "how", ["garbage", "empty struct", "foreign answer", "two answers", "huge", "no memory", "descriptors"]
+)
+async def test_a_job_that_meddles_with_our_channel_fails_alone(rig: Rig, how: str) -> None:
+    await rig.run(rig.function(ADD, 1))
+    before = open_descriptors()
+    outcome, _ = await rig.run(rig.function(HOSTILE, how))
+    assert outcome.kind is OutcomeKind.FAILED
+    assert outcome.error is not None
+    assert outcome.error.type == "ChannelMisused"
+    assert (await rig.run(rig.function(ADD, 1)))[0].kind is OutcomeKind.COMPLETED
+    assert open_descriptors() <= before + 16
+
+
+async def test_a_forged_answer_harms_nobody_else(rig: Rig) -> None:
+    source = HOSTILE.replace("how)", "fields)").partition("    {")[0]
+    source += "    fields = {k: v.encode() if k == 'result' else v for k, v in fields.items()}\n"
+    source += "    for n in range(100): send(answer(n, **fields))\n"
+    for fields in (
+        {"result": "{"},
+        {"started": 2**64 - 1},
+        {"code": 10**6},
+        {"error": {"type": "x" * 10**6, "message": "y" * 10**5}},
+    ):
+        outcome, _ = await rig.run(rig.function(source, fields))
+        assert msgspec.json.decode(msgspec.json.encode(outcome))
+        assert len(msgspec.json.encode(outcome)) < 100_000
+        assert outcome.started_at is None or outcome.started_at < 2**62
+        assert outcome.exit_code is None or 0 <= outcome.exit_code <= 255
+
+
 async def test_stdin_of_a_function_is_empty(rig: Rig) -> None:
     outcome, _ = await rig.run(rig.function("import sys\ndef job(): return sys.stdin.read()\n"))
     assert outcome.result is not None, outcome.error

@@ -146,8 +146,10 @@ class Supervisor:
     def _take_order(self) -> None:
         order = self._control.recv(16)
         if order == TERMINATE:
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 os.killpg(self._child, signal.SIGTERM)
+            except ProcessLookupError:  # it has no group of its own yet, so nothing of the job has run
+                os.kill(self._child, signal.SIGKILL)
         elif order in (KILL, b""):  # nothing: the backend is gone
             self._kill()
 

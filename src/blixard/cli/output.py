@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
 import msgspec
@@ -22,6 +22,12 @@ STATE_STYLES = {
     "missing": "red",
     "limited": "yellow",
 }
+
+
+GAP = 2
+"""Blanks between two columns of a table."""
+CUT_WIDTH = 12
+FEWEST_COLUMNS = 3
 
 
 class ReaderGone(Exception):
@@ -62,35 +68,59 @@ def print_json(value: object) -> None:
     write_out((msgspec.json.format(text, indent=2) if sys.stdout.isatty() else text) + b"\n")
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, state: str | None = None) -> None:
-    """Print rows as a table on a terminal, elsewhere with tabs between the cells; ``state`` is the coloured column."""
-    if not sys.stdout.isatty():
-        lines = ["\t".join(columns), *("\t".join(_one_line(cell) for cell in row) for row in rows)]
-        write_out("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, state: str | None = None, keep_all: bool = False
+) -> None:
+    """Print rows as a table on a terminal, elsewhere with tabs between the cells; ``state`` is the coloured column.
+
+    Where a terminal is too narrow, the last columns are left out (``keep_all``: cut instead), and others cut. The first one,
+    which is what one copies into the next command, and the state are always whole.
+    """
+    cells = [[_one_line(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        _print_rich_table(columns, cells, state, keep_all=keep_all)
         return
-    _print_rich_table(columns, rows, state)
+    lines = ["\t".join(row) for row in (columns, *cells)]
+    write_out("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
 def _one_line(cell: str) -> str:
-    return cell.replace("\t", " ").replace("\r", " ").replace("\n", " ")
+    return " ".join(cell.splitlines()).replace("\t", " ")
 
 
-def _print_rich_table(columns: Sequence[str], rows: Iterable[Sequence[str]], state: str | None) -> None:
+def fit_columns(widths: Sequence[int], whole: set[int], room: int) -> list[int]:
+    """Return the widths of the first columns, as many as fit into ``room`` when those that are not ``whole`` are cut."""
+    fitted = [width if n in whole else min(width, CUT_WIDTH) for n, width in enumerate(widths)]
+    while len(fitted) > FEWEST_COLUMNS and sum(fitted) + GAP * len(fitted) > room:
+        fitted.pop()
+    for n, width in enumerate(fitted):
+        spare = max(0, room - sum(fitted) - GAP * len(fitted))
+        fitted[n] = width + min(spare, widths[n] - width)
+    return fitted
+
+
+def _print_rich_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], state: str | None, *, keep_all: bool
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for number, column in enumerate(columns):
-        # The first column is what one copies into the next command: it is never cut.
-        table.add_column(column, no_wrap=True, overflow="fold" if number == 0 else "ellipsis")
+    console = Console(highlight=False, no_color=bool(os.environ.get("NO_COLOR")) or None)
+    widths = [max(len(row[n]) for row in (columns, *rows)) for n in range(len(columns))]
+    whole = {0, *(n for n, column in enumerate(columns) if column == state)}
+    fitted: Sequence[int | None] = [None] * len(columns) if keep_all else fit_columns(widths, whole, console.width)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
+    for column, width in zip(columns, fitted, strict=False):
+        table.add_column(column, no_wrap=True, overflow="ellipsis", width=width)
     for row in rows:
-        cells = [Text(_one_line(cell)) for cell in row]
-        for column, cell in zip(columns, cells, strict=True):
-            if column == state:
-                cell.stylize(STATE_STYLES.get(cell.plain, ""))
-        table.add_row(*cells)
-    Console(highlight=False, no_color=bool(os.environ.get("NO_COLOR")) or None).print(table)
+        style = [
+            STATE_STYLES.get(cell, "") if column == state else "" for column, cell in zip(columns, row, strict=True)
+        ]
+        table.add_row(*(Text(row[n], style=style[n]) for n in range(len(fitted))))
+    # On a terminal too narrow even for the fewest columns, lines wrap: an id that is cut is of no use.
+    console.width = max(console.width, sum(width + GAP for width in fitted if width))
+    console.print(table)
 
 
 def print_version() -> None:
@@ -111,7 +141,9 @@ def show_time(at: dt.datetime | None) -> str:
 def show_duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    if seconds < 60:
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 59.95:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

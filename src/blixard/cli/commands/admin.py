@@ -69,7 +69,7 @@ def stats(ctx: typer.Context, as_json: Json = False) -> int:
     if as_json:
         print_json(view)
         return 0
-    print_table(("QUEUE", *(str(state).upper() for state in JobState)), list(_stats_rows(view)))
+    print_table(("QUEUE", *(str(state).upper() for state in JobState)), _stats_rows(view), keep_all=True)
     print_line("workers: " + (", ".join(f"{n} {state}" for state, n in sorted(view.workers.items())) or "none"))
     return 0
 

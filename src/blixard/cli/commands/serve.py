@@ -44,7 +44,7 @@ def serve(
     invocation.overrides |= {"server.host": host, "server.port": port}
     settings = invocation.config.settings
     configure_logging(settings.log.level, settings.log.format)
-    from blixard.api.serve import serve as run_server
+    from blixard.api.serve import run_server
     from blixard.api.server import Server
 
     server = Server(settings, worker=_idle_worker(settings) if no_worker else None)
@@ -54,7 +54,7 @@ def serve(
         if not invocation.quiet:
             _tell_details(listening)
 
-    return invocation.run(run_server(settings, tell, server=server))
+    return run_server(settings, tell, server=server)
 
 
 def _tell_details(listening: Listening) -> None:

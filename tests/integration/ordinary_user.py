@@ -4,7 +4,7 @@
 covered by open ones that show the interpreter, our package and the tests, and nothing else.
 """
 
-# ruff: noqa: PTH -- the calls that the kernel's rules are written in
+# ruff: noqa: PTH103, PTH116 -- the calls that the kernel's rules are written in
 
 from __future__ import annotations
 

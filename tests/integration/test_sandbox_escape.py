@@ -1,6 +1,6 @@
 """Real attempts to get out of a sandbox, as a script and as a command. All must fail, with the host unharmed."""
 
-# ruff: noqa: E501, PTH, ASYNC221, ASYNC240 -- short looks at the host between jobs block nobody
+# ruff: noqa: E501, PTH111, PTH208, ASYNC221, ASYNC240 -- short looks at the host between jobs block nobody
 
 from __future__ import annotations
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from blixard.backends.sandbox import kernel
-from blixard.backends.sandbox.identity import OwnerMaps, become, enter_user_namespace
+from blixard.backends.sandbox.identity import OwnerMaps, become, enter_user_namespace, write_file
 from blixard.backends.sandbox.namespaces import (
+    FIRST_KILLED,
     FORWARDED,
     KILL_NOW,
     SandboxFailed,
@@ -171,6 +172,7 @@ def enter(plan: SandboxPlan, *, hold: Iterable[int], maps: OwnerMaps | None) -> 
     stand_apart()
     try:
         join_cgroups(plan.limits)
+        write_file("/proc/self/oom_score_adj", FIRST_KILLED)
         _enter_root(plan, maps)
         program = find_program(plan.command.argv[0], plan.command.environment.get("PATH", os.defpath))
         become(plan.host_uid, plan.host_gid)

@@ -137,9 +137,9 @@ def drop_capabilities() -> None:
 
 def has_capability(capability: int) -> bool:
     """Say whether this process has the capability now, in its own user namespace."""
-    with open("/proc/self/status", encoding="ascii") as status:
+    with open("/proc/self/status", "rb") as status:  # bytes: a codec would be loaded anew in every fork
         for line in status:
-            if line.startswith("CapEff:"):
+            if line.startswith(b"CapEff:"):
                 return bool(int(line.split()[1], 16) >> capability & 1)
     return False
 

@@ -7,6 +7,7 @@ zygote ── supervisor (host's namespaces, holds the session's lock)
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
@@ -30,7 +31,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 FIRST_KILLED = "500"
 """oom_score_adj of a job: when the host runs short of memory, jobs end before workers."""
 _OWN_NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWCGROUP
-_ALIVE, _ENDED, _FAILED = b".", b"=", b"!"
+_GO_ON, _ENDED, _FAILED = b"+", b"=", b"!"
 _MAX_REPORT = 4096
 HIGHEST_DESCRIPTOR = 2**31 - 1
 _PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)
@@ -67,9 +68,22 @@ def enter(
         raise SandboxFailed(explain(error)) from error
     if init:
         writing.close()
+        _let_in(init, reading, plan.limits)
         supervise(init, reading, {reading.fileno(), *hold})
     reading.close()
     _run_init(plan, writing, {0, 1, 2, *keep}, maps)
+
+
+def _let_in(init: int, reports: socket.socket, limits: Limits) -> None:
+    """Put init into its cgroups while it builds the root (the kernel takes milliseconds for it), then let it go on."""
+    try:
+        join_cgroups(limits, init)
+    except OSError as error:
+        os.kill(init, signal.SIGKILL)
+        os.waitpid(init, 0)
+        raise SandboxFailed(explain(error)) from error
+    with contextlib.suppress(BrokenPipeError):  # it has failed already, and reported why
+        reports.send(_GO_ON)
 
 
 def _needs_maps(plan: SandboxPlan) -> bool:
@@ -108,8 +122,7 @@ def supervise(init: int, reports: socket.socket, keep: set[int]) -> NoReturn:
     close_all_but({0, 1, 2, *keep})
     let_go_of_standard_streams()
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
-    while (report := reports.recv(_MAX_REPORT)) == _ALIVE:
-        pass
+    report = reports.recv(_MAX_REPORT)
     for number in (KILL_NOW, *FORWARDED):
         signal.signal(number, signal.SIG_IGN)
     os.waitpid(init, 0)
@@ -143,7 +156,7 @@ def _run_init(plan: SandboxPlan, reports: socket.socket, keep: set[int], maps: O
     """Build the sandbox as its pid 1 and fork the job, in which alone this returns."""
     try:
         os.setsid()  # what is sent to the supervisor's group is passed on by it, once
-        join_cgroups(plan.limits)
+        write_file("/proc/self/oom_score_adj", FIRST_KILLED)
         _build(plan, maps)
         close_all_but({reports.fileno(), *keep})
         _become_powerless(plan, reports)
@@ -158,10 +171,10 @@ def _run_init(plan: SandboxPlan, reports: socket.socket, keep: set[int], maps: O
     _reap(job, reports, plan.seccomp)
 
 
-def join_cgroups(limits: Limits) -> None:
+def join_cgroups(limits: Limits, pid: int = 0) -> None:
+    """Put a process (0: this one) where the limits of the sandbox hold. Raises ``OSError``."""
     for directory in limits.cgroups:
-        write_file(f"{directory}/cgroup.procs", "0")
-    write_file("/proc/self/oom_score_adj", FIRST_KILLED)
+        write_file(f"{directory}/cgroup.procs", str(pid))
 
 
 def _build(plan: SandboxPlan, maps: OwnerMaps | None) -> None:
@@ -183,7 +196,8 @@ def _become_powerless(plan: SandboxPlan, reports: socket.socket) -> None:
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     # Changing the user forgot the wish to die with the supervisor; if it has died meanwhile, its end of the socket is closed.
     kernel.die_with_parent(signal.SIGKILL)
-    reports.send(_ALIVE)
+    if reports.recv(1) != _GO_ON:
+        os._exit(1)
 
 
 def _become_job(plan: SandboxPlan) -> None:
@@ -243,7 +257,7 @@ def _bind_to_processors(count: int) -> None:
 
 def _mapped_bytes() -> int:
     """What the zygote has mapped already: the limit is for what the job adds."""
-    with open("/proc/self/statm", encoding="ascii") as statm:
+    with open("/proc/self/statm", "rb") as statm:
         return int(statm.read().split()[0]) * resource.getpagesize()
 
 

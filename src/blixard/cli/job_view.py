@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from blixard.cli.output import show_duration, show_time
-from blixard.cli.running import describe_error
+from blixard.client.endings import describe_error
 from blixard.protocol.jobs import AttemptView, EventView, JobDetail, JobView
 
 

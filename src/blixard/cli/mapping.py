@@ -10,18 +10,16 @@ import msgspec
 
 from blixard.cli.map_inputs import MapInput, MapInputs
 from blixard.cli.progress import ProgressView, Tally
-from blixard.cli.running import describe_end
-from blixard.cli.submission import with_arguments
 from blixard.client.contract import AsyncClient
+from blixard.client.endings import describe_end, index_in_batch, result_bytes
+from blixard.client.submission import make_job, submit_batch
 from blixard.domain.job import NewJob
-from blixard.domain.limits import MAX_BATCH_JOBS, MIB
+from blixard.domain.limits import MAX_BATCH_JOBS
 from blixard.domain.spec import JobSpec
 from blixard.domain.state_machine import JobState
 from blixard.errors import InvalidRequest
-from blixard.protocol.jobs import BatchView, JobResult, SubmitRequest
+from blixard.protocol.jobs import BatchView, JobResult
 
-REQUEST_BYTES = 4 * MIB
-"""Arguments in one submission, well below what a server accepts as one request."""
 UPLOADS = 8
 """Files that are sent at the same time."""
 RESULTS_WAIT_SECONDS = 20.0
@@ -69,29 +67,16 @@ class MapRun:
         return self.tally
 
     async def _submit_rest(self) -> None:
-        index = self._batch.submitted
-        while index < len(self._inputs):
-            jobs = await self._next_jobs(index)
-            await self._client.submit_many(
-                SubmitRequest(spec=self._spec, jobs=jobs, batch=self._batch.id, first_index=index)
-            )
-            index += len(jobs)
+        await submit_batch(
+            self._client, self._spec, self._batch, lambda index: len(self._inputs[index].line), self._make_jobs
+        )
 
-    async def _next_jobs(self, index: int) -> list[NewJob]:
-        chosen: list[MapInput] = []
-        size = 0
-        for number in range(index, min(index + MAX_BATCH_JOBS, len(self._inputs))):
-            item = self._inputs[number]
-            size += len(item.line)
-            if chosen and size > REQUEST_BYTES:
-                break
-            chosen.append(item)
-        return await asyncio.gather(*(self._make_job(item) for item in chosen))
+    async def _make_jobs(self, numbers: range) -> list[NewJob]:
+        return await asyncio.gather(*(self._make_job(self._inputs[number]) for number in numbers))
 
     async def _make_job(self, item: MapInput) -> NewJob:
         if item.file is None:
-            job = await with_arguments(self._client, item.arguments)
-            return msgspec.structs.replace(job, priority=self._priority)
+            return await make_job(self._client, item.arguments, priority=self._priority)
         async with self._uploads:
             digest = await self._client.put_blob(Path(item.line))
             if digest != item.file:
@@ -100,9 +85,8 @@ class MapRun:
                     field="list",
                     hint="run the command again: changed files make a new map",
                 )
-            job = await with_arguments(self._client, item.arguments)
-        inputs = (item.input_file,) if item.input_file else ()
-        return msgspec.structs.replace(job, inputs=inputs, priority=self._priority)
+            inputs = (item.input_file,) if item.input_file else ()
+            return await make_job(self._client, item.arguments, inputs=inputs, priority=self._priority)
 
     async def _take_results(self) -> None:
         position, done = 0, False
@@ -116,21 +100,16 @@ class MapRun:
     async def _show_results(self, results: Sequence[JobResult]) -> None:
         lines = []
         for result in results:
-            index = result.index if result.index is not None else int(result.id.rpartition(".")[2])
+            index = index_in_batch(result)
             item = self._inputs[index]
             self._count(index, result)
-            lines.append(self._write(item, result, await self._value_of(result)))
+            lines.append(self._write(item, result, await result_bytes(self._client, result) or b"null"))
             if result.state is not JobState.COMPLETED:
                 self._tell_failure(item, result)
         if lines:
             # In a thread: a reader that is slow must not hold up the worker's answers.
             await asyncio.to_thread(self._view.print, b"".join(lines))
         self._view.show(self.tally)
-
-    async def _value_of(self, result: JobResult) -> bytes:
-        if result.result_blob is not None:
-            return await self._client.get_blob(result.result_blob)
-        return bytes(result.result) if result.result is not None else b"null"
 
     def _count(self, index: int, result: JobResult) -> None:
         """Count the job as it stands now: one that was retried meanwhile comes a second time."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 
 from blixard.cli.failures import INTERRUPTED, OURS, TIMED_OUT, show_error
 from blixard.cli.follow import LogFollower
 from blixard.cli.output import ReaderGone, note, print_line, write_error, write_out
 from blixard.cli.signals import Interrupt
 from blixard.client.contract import AsyncClient
-from blixard.domain.outcome import AttemptError, OutcomeKind
+from blixard.client.endings import describe_end, is_cancelled
+from blixard.domain.outcome import OutcomeKind
 from blixard.domain.state_machine import JobState
 from blixard.protocol.jobs import JobResult, LogEntry
 
@@ -99,38 +99,11 @@ async def print_large_result(client: AsyncClient, result: JobResult) -> None:
         print_line("")
 
 
-def describe_end(result: JobResult) -> str:
-    """Say in one sentence how a job ended that did not complete."""
-    reason = f": {describe_error(result.error)}" if result.error is not None else ""
-    if result.state is JobState.CANCELLED or result.outcome is OutcomeKind.CANCELLED:
-        return f"job {result.id} was cancelled"
-    if result.outcome is OutcomeKind.TIMED_OUT:
-        return f"job {result.id} ran longer than its timeout{reason}"
-    if result.outcome is OutcomeKind.LOST:
-        return f"job {result.id} lost its worker too often{reason}"
-    return f"job {result.id} failed{reason or _exit_reason(result.exit_code)}"
-
-
-def describe_error(error: AttemptError) -> str:
-    return f"{error.type}: {error.message}" if error.message else error.type
-
-
-def _exit_reason(code: int | None) -> str:
-    if code is None:
-        return ""
-    if code > 128:
-        try:
-            return f": killed by {signal.Signals(code - 128).name}"
-        except ValueError:
-            pass
-    return f": exit code {code}"
-
-
 def exit_code_of_job(result: JobResult) -> int:
     """Return the job's own exit code; 124 timeout, 125 a lost worker, 130 cancelled, 128+n killed by signal n."""
     if result.state is JobState.COMPLETED:
         return result.exit_code or 0
-    if result.state is JobState.CANCELLED or result.outcome is OutcomeKind.CANCELLED:
+    if is_cancelled(result):
         return INTERRUPTED
     if result.outcome is OutcomeKind.TIMED_OUT:
         return TIMED_OUT

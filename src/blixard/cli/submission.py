@@ -13,10 +13,11 @@ from blixard.cli.options import JobOptions
 from blixard.cli.quantities import read_megabytes, read_pairs, read_seconds
 from blixard.cli.target import Target, TargetKind
 from blixard.client.contract import AsyncClient
+from blixard.client.submission import make_job
 from blixard.domain.grants import Grants, InputFile, check_input_path
 from blixard.domain.ids import check_id
 from blixard.domain.job import NewJob
-from blixard.domain.limits import MAX_ARGUMENTS_BYTES, MAX_BLOB_BYTES, MAX_INLINE_ARGUMENTS_BYTES, MAX_INPUTS, MIB
+from blixard.domain.limits import MAX_ARGUMENTS_BYTES, MAX_BLOB_BYTES, MAX_INPUTS, MIB
 from blixard.domain.payload import CommandPayload, FunctionPayload, Payload, ScriptPayload, WasmPayload
 from blixard.domain.requirements import JobRequirements
 from blixard.domain.retry import RetryPolicy
@@ -203,12 +204,4 @@ async def upload(client: AsyncClient, prepared: Prepared, *, job_id: str | None,
     inputs = [
         InputFile(path=place, digest=await client.put_blob(path)) for place, path in sorted(prepared.inputs.items())
     ]
-    job = await with_arguments(client, prepared.arguments)
-    return msgspec.structs.replace(job, id=job_id, inputs=tuple(inputs), priority=priority)
-
-
-async def with_arguments(client: AsyncClient, arguments: bytes) -> NewJob:
-    """Return a job with these arguments: inline, or as a blob when they are large."""
-    if len(arguments) > MAX_INLINE_ARGUMENTS_BYTES:
-        return NewJob(arguments_blob=await client.put_blob(arguments))
-    return NewJob(arguments=msgspec.Raw(arguments))
+    return await make_job(client, prepared.arguments, job_id=job_id, inputs=inputs, priority=priority)

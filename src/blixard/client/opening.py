@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from blixard.client.blocking import Client
     from blixard.client.contract import AsyncClient
     from blixard.config.settings import Settings
 
@@ -19,3 +22,12 @@ def open_client(settings: Settings) -> AsyncClient:
     from blixard.client.embedded import EmbeddedClient
 
     return EmbeddedClient(settings)
+
+
+def open_configured(overrides: Mapping[str, object]) -> Client:
+    """Return a blocking client as the configuration says, with some keys overridden (None: as configured). Raises ``ConfigError``."""
+    from blixard.client.blocking import Client
+    from blixard.config import AppConfig
+
+    settings = AppConfig.load_with_layers(overrides).settings
+    return Client(lambda: open_client(settings))

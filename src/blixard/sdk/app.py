@@ -76,16 +76,10 @@ class App:
         """The client of this app, opened at its first use. Raises ``ConfigError``."""
         with self._lock:
             if self._client is None:
-                self._client = self._connect()
+                from blixard.client.opening import open_configured
+
+                self._client = open_configured(self._overrides)
             return self._client
-
-    def _connect(self) -> Client:
-        from blixard.client.blocking import Client
-        from blixard.client.opening import open_client
-        from blixard.config import AppConfig
-
-        settings = AppConfig.load_with_layers(self._overrides).settings
-        return Client(lambda: open_client(settings))
 
     @property
     def bundler(self) -> Bundler:

@@ -6,9 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar, Unpack, cast
 
-import msgspec
-
-from blixard.domain.job import NewJob
+from blixard.client.submission import make_job
 from blixard.domain.payload import FunctionPayload
 from blixard.domain.spec import JobSpec
 from blixard.sdk.handle import JobHandle
@@ -93,8 +91,8 @@ class JobFunction(Generic[P, R]):
         return JobHandle(self._app.client, job_id, self._options.encoding)
 
     async def _store(self, client: AsyncClient, data: bytes) -> str:
-        job = NewJob(arguments=msgspec.Raw(data), priority=self._options.priority)
-        return await client.submit(await self._spec(client), job)
+        spec = await self._spec(client)
+        return await client.submit(spec, await make_job(client, data, priority=self._options.priority))
 
     async def _spec(self, client: AsyncClient) -> JobSpec:
         """Return the spec, its code uploaded."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast
 from blixard.domain.payload import Encoding
 from blixard.domain.state_machine import JobState
 from blixard.protocol.jobs import JobDetail, WhyView
-from blixard.sdk.ends import result_bytes
+from blixard.sdk.ends import fetch_result
 from blixard.sdk.values import decode_result
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class JobHandle(Generic[R]):
         return self._value(await self._client.call_async(lambda client: self._fetch(client, timeout)))
 
     async def _fetch(self, client: AsyncClient, timeout: float | None) -> bytes | None:  # noqa: ASYNC109 - handed on
-        return await result_bytes(client, await client.result(self.id, timeout=timeout))
+        return await fetch_result(client, await client.result(self.id, timeout=timeout))
 
     def _value(self, data: bytes | None) -> R:
         return cast("R", decode_result(self._encoding, data))

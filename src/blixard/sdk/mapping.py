@@ -8,15 +8,16 @@ from collections.abc import Sequence
 import msgspec
 
 from blixard.client.contract import AsyncClient
+from blixard.client.endings import index_in_batch, result_bytes
+from blixard.client.submission import make_job, submit_batch
 from blixard.domain.batch import batch_identity
 from blixard.domain.ids import DEFAULT_NAMESPACE
 from blixard.domain.job import NewJob
-from blixard.domain.limits import MAX_BATCH_JOBS, MIB
+from blixard.domain.limits import MAX_BATCH_JOBS
 from blixard.domain.spec import JobSpec, encode_spec
-from blixard.protocol.jobs import BatchView, JobResult, OpenBatchRequest, SubmitRequest
-from blixard.sdk.ends import error_of, result_bytes
+from blixard.protocol.jobs import BatchView, JobResult, OpenBatchRequest
+from blixard.sdk.ends import error_of
 
-REQUEST_BYTES = 4 * MIB
 WAIT_SECONDS = 20.0
 
 
@@ -76,25 +77,14 @@ class MapStream:
             await asyncio.gather(self._submitting, return_exceptions=True)
 
     async def _end(self, result: JobResult) -> Ended:
-        index = result.index if result.index is not None else int(result.id.rpartition(".")[2])
+        index = index_in_batch(result)
         if (error := error_of(result)) is not None:
             return Ended(index, None, error)
         return Ended(index, await result_bytes(self._client, result), None)
 
     async def _submit(self, batch: BatchView) -> None:
-        index = batch.submitted
-        while index < len(self._arguments):
-            jobs = self._next_jobs(index)
-            request = SubmitRequest(spec=self._spec, jobs=jobs, batch=batch.id, first_index=index)
-            await self._client.submit_many(request)
-            index += len(jobs)
+        await submit_batch(self._client, self._spec, batch, lambda index: len(self._arguments[index]), self._make_jobs)
 
-    def _next_jobs(self, index: int) -> list[NewJob]:
-        jobs: list[NewJob] = []
-        size = 0
-        for data in self._arguments[index : index + MAX_BATCH_JOBS]:
-            size += len(data)
-            if jobs and size > REQUEST_BYTES:
-                break
-            jobs.append(NewJob(arguments=msgspec.Raw(data), priority=self._priority))
-        return jobs
+    async def _make_jobs(self, numbers: range) -> list[NewJob]:
+        wanted = self._arguments[numbers.start : numbers.stop]
+        return [await make_job(self._client, data, priority=self._priority) for data in wanted]

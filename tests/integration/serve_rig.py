@@ -22,8 +22,8 @@ IDLE_WORKER = (sys.executable, "-c", "import sys, signal; signal.signal(15, lamb
 async def until(condition: Callable[[], bool]) -> None:
     """Return once the condition holds; for what gives no event to wait for."""
     async with asyncio.timeout(DEADLINE):
-        while not condition():
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - the state of another process or library is only to be looked at
+        while not condition():  # noqa: ASYNC110 - the state of another process or library is only to be looked at
+            await asyncio.sleep(0.01)
 
 
 @dataclass
@@ -72,10 +72,8 @@ def running(data_dir: Path, server: Mapping[str, object] | None = None, *, worke
 
 
 def main() -> int:
-    import uvloop
-
     from blixard.api.local_worker import LocalWorker
-    from blixard.api.serve import serve
+    from blixard.api.serve import run_server
     from blixard.api.server import Listening, Server
     from blixard.config.settings import Settings
     from blixard.errors import BlixardError
@@ -90,7 +88,7 @@ def main() -> int:
         print(msgspec.json.encode(listening, enc_hook=str).decode(), flush=True)
 
     try:
-        return uvloop.run(serve(settings, ready, server=server))
+        return run_server(settings, ready, server=server)
     except BlixardError as error:
         sys.stderr.write(f"error: {error.message}\nhint: {error.hint}\n")
         return 2

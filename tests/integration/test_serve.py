@@ -8,9 +8,11 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from blixard.api.access import is_loopback
@@ -268,3 +270,81 @@ def test_loopback_addresses(host: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.com", ""])
 def test_other_addresses(host: str) -> None:
     assert not is_loopback(host)
+
+
+def python_job(code: str, **spec: object) -> dict[str, object]:
+    """Return the body that submits one command at isolation minimal, with the id ``one``."""
+    payload = {"kind": "command", "argv": [sys.executable, "-c", code]}
+    requirements = {"isolation": "minimal"}
+    return {
+        "spec": {"name": "x", "payload": payload, "requirements": requirements, **spec},
+        "jobs": [{"id": "one"}],
+    }
+
+
+async def state_of(client: httpx.AsyncClient) -> str:
+    return str((await client.get("/jobs/one")).json()["state"])
+
+
+async def wait_for_state(url: str, state: str) -> None:
+    async with httpx.AsyncClient(base_url=f"{url}/api/v1", timeout=DEADLINE) as client, asyncio.timeout(DEADLINE):
+        while await state_of(client) != state:  # noqa: ASYNC110 - the server is another process
+            await asyncio.sleep(0.05)
+
+
+async def test_a_running_job_is_finished_within_the_grace_time(tmp_path: Path) -> None:
+    """Given a job that runs until it sees a file; when the server is told to stop and then the file appears, it completes."""
+    go = tmp_path / "go"
+    code = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.02)"
+    with running(tmp_path / "data", {"shutdown_grace": 30.0}, worker=True) as server:
+        async with httpx.AsyncClient(base_url=f"{server.url}/api/v1", timeout=DEADLINE) as client:
+            assert (await client.post("/jobs", json=python_job(code))).status_code == 201
+        await wait_for_state(server.url, "in_progress")
+        server.signal(signal.SIGTERM)
+        go.touch()
+        assert await asyncio.to_thread(server.end) == 0
+    with running(tmp_path / "data") as server:
+        await wait_for_state(server.url, "completed")
+
+
+async def test_a_job_that_outlasts_the_grace_time_is_given_back_at_no_cost(tmp_path: Path) -> None:
+    with running(tmp_path / "data", {"shutdown_grace": 0.2}, worker=True) as server:
+        async with httpx.AsyncClient(base_url=f"{server.url}/api/v1", timeout=DEADLINE) as client:
+            assert (await client.post("/jobs", json=python_job("import time; time.sleep(600)"))).status_code == 201
+        await wait_for_state(server.url, "in_progress")
+        server.signal(signal.SIGINT)
+        assert await asyncio.to_thread(server.end) == 0
+    with running(tmp_path / "data") as server:
+        await wait_for_state(server.url, "pending")
+        async with httpx.AsyncClient(base_url=f"{server.url}/api/v1") as client:
+            assert (await client.get("/jobs/one")).json()["failures"] == 0
+
+
+async def test_a_second_signal_ends_it_at_once_with_its_worker(tmp_path: Path) -> None:
+    with running(tmp_path / "data", {"shutdown_grace": 600.0}, worker=True) as server:
+        async with httpx.AsyncClient(base_url=f"{server.url}/api/v1", timeout=DEADLINE) as client:
+            assert (await client.post("/jobs", json=python_job("import time; time.sleep(600)"))).status_code == 201
+        await wait_for_state(server.url, "in_progress")
+        (worker,) = psutil.Process(server.process.pid).children()
+        server.signal(signal.SIGINT)
+        await until(lambda: not port_answers(server.url))
+        server.signal(signal.SIGINT)
+        assert await asyncio.to_thread(server.end) == 130
+        await until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def port_answers(url: str) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+async def test_a_killed_server_takes_its_worker_along(tmp_path: Path) -> None:
+    with running(tmp_path / "data", worker=True) as server:
+        await until(lambda: bool(psutil.Process(server.process.pid).children()))
+        (worker,) = psutil.Process(server.process.pid).children()
+        server.signal(signal.SIGKILL)
+        server.end()
+        await until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)

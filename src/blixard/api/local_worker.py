@@ -62,6 +62,11 @@ class LocalWorker:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
 
+    def kill(self) -> None:
+        """End the worker and its jobs at once; none is started any more. A ``stop`` under way returns soon."""
+        self._stopping = True
+        self._kill()
+
     async def _keep(self) -> None:
         pause = FIRST_PAUSE_SECONDS
         while not self._stopping:

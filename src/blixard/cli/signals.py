@@ -32,15 +32,19 @@ class Interrupt:
 
 @contextmanager
 def catch_signals() -> Iterator[Interrupt]:
-    """Direct the signals of this process to an ``Interrupt`` for a while. Only in the main thread."""
+    """Direct the signals of this process to an ``Interrupt`` for a while. Only in the main thread.
+
+    What our caller told us to ignore (`nohup`, a job in the background of a script) stays ignored.
+    """
     loop = asyncio.get_running_loop()
     interrupt = Interrupt()
-    for number in SIGNALS:
+    numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in numbers:
         loop.add_signal_handler(number, interrupt.receive, number)
     try:
         yield interrupt
     finally:
-        for number in SIGNALS:
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from blixard.cli.main import run_command_line
 from blixard.cli.output import ReaderGone
+from blixard.cli.signals import SIGNALS, catch_signals
 from blixard.domain.outcome import AttemptError, OutcomeKind
 from blixard.domain.payload import CommandPayload, FunctionPayload, ScriptPayload, WasmPayload
 from blixard.domain.requirements import Isolation
@@ -235,6 +236,20 @@ def test_a_signal_cancels_the_job_and_waits_for_it(shell: Shell, number: signal.
     assert said.code == code
     assert "once more leaves at once" in said.err
     assert [job.state for job in shell.store.jobs.values()] == [JobState.CANCELLED]
+
+
+def test_a_signal_that_our_caller_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def numbers() -> list[int]:
+        with catch_signals():
+            loop = asyncio.get_running_loop()
+            return [number for number in SIGNALS if loop.remove_signal_handler(number)]
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert asyncio.run(numbers()) == [signal.SIGINT, signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _send_when_waiting(client: FakeClient, number: int) -> None:

@@ -13,13 +13,12 @@ from blixard.backends.contract import BackendInfo, BackendSettings, Execution
 from blixard.backends.outcomes import refused
 from blixard.backends.runner_backend import Plan, Refused, RunnerBackend, python_task
 from blixard.backends.sandbox import bubblewrap
-from blixard.backends.sandbox.cgroups import Cgroup, Hierarchy, find_hierarchies
+from blixard.backends.sandbox.cgroups import Cgroup, Hierarchy, find_hierarchies, new_group_name, remove_stale
 from blixard.backends.sandbox.hints import explain_denial
 from blixard.backends.sandbox.plan import CODE, WORK, BubblewrapCommand
 from blixard.backends.sandbox.planner import Planner, PlanRefused
 from blixard.backends.sandbox.probe import Findings, probe
 from blixard.backends.zygote.messages import Launch
-from blixard.domain.ids import new_id
 from blixard.domain.lease import AttemptRef
 from blixard.domain.limits import MIB
 from blixard.domain.outcome import AttemptError, Outcome, OutcomeKind
@@ -47,7 +46,7 @@ class SandboxBackend(RunnerBackend):
         self._findings: Findings | None = None
         self._hierarchies: tuple[Hierarchy, ...] = ()
         self._planner: Planner | None = None
-        self._name = new_id("blixard")
+        self._name = new_group_name()
         self._free: list[Cgroup] = []
         self._taken: dict[AttemptRef, Cgroup] = {}
         self._groups = 0
@@ -67,6 +66,7 @@ class SandboxBackend(RunnerBackend):
 
     async def start(self) -> None:
         await asyncio.to_thread(self._find_out)
+        await asyncio.to_thread(remove_stale, self._hierarchies)
         await super().start()
 
     async def stop(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -84,6 +85,21 @@ class Cgroup:
 
 
 Setting = tuple[str, str, bool]
+
+
+def new_group_name() -> str:
+    """Return a name that tells the process it belongs to, for ``remove_stale``."""
+    return f"blixard-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def remove_stale(hierarchies: tuple[Hierarchy, ...]) -> None:
+    """Remove the empty groups of workers that were killed. What is in use stays, the kernel sees to that."""
+    for hierarchy in hierarchies:
+        for place in hierarchy.directory.glob("blixard-*-*"):
+            owner = place.name.split("-")[1]
+            if owner.isdigit() and not Path("/proc", owner).exists():
+                with contextlib.suppress(OSError):
+                    place.rmdir()
 
 
 def _settings_v1(controllers: tuple[str, ...], memory: int, processes: int, cpus: float | None) -> Iterator[Setting]:
@@ -176,7 +192,7 @@ def _cgroup_mounts(proc: Path) -> dict[frozenset[str], Path]:
 
 def _try(hierarchy: Hierarchy) -> bool:
     """Make a group, limit it, let a child join it, remove it."""
-    group = Cgroup(f"blixard-try-{os.getpid()}", (hierarchy,))
+    group = Cgroup(f"{new_group_name()}-try", (hierarchy,))
     try:
         group.create()
         try:

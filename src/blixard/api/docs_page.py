@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from html import escape
 from itertools import groupby
@@ -11,6 +12,7 @@ from typing import Any
 from blixard.protocol.problems import TABLE
 
 CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
+_BACKTICKS = re.compile(r"``?([^`]+)``?")
 # Any: an OpenAPI document is free-form JSON.
 Json = dict[str, Any]
 _STYLE = """
@@ -53,7 +55,7 @@ def render_page(document: Json) -> str:
         f"<title>{escape(info['title'])} API</title><style>{_STYLE}</style></head><body>"
         f"<nav><strong>{escape(info['title'])} API</strong>{_index(groups)}</nav><main>"
         f"<h1>{escape(info['title'])} API <small>{escape(info['version'])}</small></h1>"
-        f"<p>{escape(info['description'])}</p><p><a href=openapi.json>openapi.json</a></p>"
+        f"<p>{_prose(info['description'])}</p><p><a href=openapi.json>openapi.json</a></p>"
         f"{main}{_problems()}{_schemas(document['components']['schemas'])}</main></body></html>"
     )
 
@@ -85,7 +87,7 @@ def _operation(path: str, method: str, operation: Json) -> str:
 
 def _operation_parts(operation: Json) -> Iterator[str]:
     if text := operation.get("description"):
-        yield f"<p>{escape(text)}</p>"
+        yield f"<p>{_prose(text)}</p>"
     scopes = [scope for entry in operation.get("security", []) for scope in entry.get("token", [])]
     yield f"<p>Scope: {' or '.join(f'<code>{escape(scope)}</code>' for scope in scopes) or 'none needed'}</p>"
     if parameters := operation["parameters"]:
@@ -123,7 +125,7 @@ def _kind(schema: Json) -> str:
 def _problems() -> str:
     rows = "".join(
         f"<tr id='problem-{row.error.code}'><td><code>{row.error.code}</code><td>{row.status}"
-        f"<td>{escape((row.error.__doc__ or '').strip())}"
+        f"<td>{_prose((row.error.__doc__ or '').strip())}"
         for row in TABLE
     )
     return f"<h2 id=problems>Problems</h2><table><tr><th>Code<th>Status<th>Meaning{rows}</table>"
@@ -132,7 +134,7 @@ def _problems() -> str:
 def _schemas(schemas: Json) -> str:
     parts = (
         f"<details id='schema-{escape(name)}'><summary><code>{escape(name)}</code></summary>"
-        f"<p>{escape(schema.get('description', ''))}</p>{_properties(schema)}</details>"
+        f"<p>{_prose(schema.get('description', ''))}</p>{_properties(schema)}</details>"
         for name, schema in sorted(schemas.items())
     )
     return f"<h2 id=schemas>Schemas</h2>{''.join(parts)}"
@@ -153,6 +155,11 @@ def _default(name: str, schema: Json, required: set[str]) -> str:
     if name in required:
         return "<b>required</b>"
     return f"<code>{escape(json.dumps(schema['default']))}</code>" if "default" in schema else ""
+
+
+def _prose(text: str) -> str:
+    """Return text as HTML, with what stands between backticks as code."""
+    return _BACKTICKS.sub(r"<code>\1</code>", escape(text))
 
 
 def _code(value: object) -> str:

@@ -83,11 +83,16 @@ class WorkerService:
         life = await self._life(namespace, request.session)
         life.waiting += 1
         life.poke.set()
-        async with life.turn:
+        try:
+            await life.turn.acquire()
+        finally:  # also when the worker hangs up while it queues: or no later sync would ever be parked
             life.waiting -= 1
             if not life.waiting:
                 life.poke.clear()
+        try:
             return await self._serve(namespace, request, life)
+        finally:
+            life.turn.release()
 
     async def _life(self, namespace: str, session: str) -> Life:
         life = self._lives.get(session)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 
 import msgspec
 import pytest
 
-from blixard.domain.lease import AttemptRef
+from blixard.domain.lease import AttemptRef, SyncRequest
 from blixard.domain.log import LogRecord
 from blixard.protocol import routes
 from blixard.protocol.jobs import JobDetail, JobPage
@@ -213,3 +214,19 @@ async def test_the_root_leads_to_the_page_which_needs_nothing_from_elsewhere(api
     assert "src=" not in page.text
     for route in routes.ROUTES:
         assert f"id='{route.name}'" in page.text
+
+
+async def test_a_sync_whose_client_hangs_up_in_the_queue_leaves_no_trace(api: Api) -> None:
+    session = await api.register()
+    await api.client.post(f"/workers/{session}/sync", json={"session": session, "number": 1})
+    life = api.plane.workers._lives[session]
+    await life.turn.acquire()
+    queued = asyncio.create_task(api.plane.workers.sync("default", SyncRequest(session=session, number=2)))
+    while not life.waiting:  # noqa: ASYNC110 - a number of the service, which rings no bell
+        await asyncio.sleep(0)
+
+    queued.cancel()
+    await asyncio.gather(queued, return_exceptions=True)
+    life.turn.release()
+
+    assert (life.waiting, life.poke.is_set()) == (0, False)

@@ -76,21 +76,23 @@ def _declare(
 
 
 # Any: Typer calls commands with whatever their signature declares.
-def with_job_options(command: Callable[..., int]) -> Callable[..., Any]:
-    """Replace the parameter ``options`` of a command by one command-line option for each field of ``JobOptions``."""
-    shared = inspect.signature(_declare, eval_str=True).parameters
-    own = {
-        name: parameter
-        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
-        if name != "options"
-    }
+def with_job_options(*without: str) -> Callable[[Callable[..., int]], Callable[..., Any]]:
+    """Replace the parameter ``options`` of a command by one option for each field of ``JobOptions`` but ``without``."""
 
-    @functools.wraps(command)
-    def take_all(**given: Any) -> int:
-        values = {name: given.pop(name) for name in shared}
-        return command(**given, options=JobOptions(**{k: v for k, v in values.items() if v is not None}))
+    def decorate(command: Callable[..., int]) -> Callable[..., Any]:
+        declared = inspect.signature(_declare, eval_str=True).parameters
+        shared = {name: parameter for name, parameter in declared.items() if name not in without}
+        own = dict(inspect.signature(command, eval_str=True).parameters)
+        del own["options"]
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own.values(), *shared.values())]
-    take_all.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what inspect looks for
-    take_all.__annotations__ = {p.name: p.annotation for p in parameters}
-    return take_all
+        @functools.wraps(command)
+        def take_all(**given: Any) -> int:
+            values = {name: given.pop(name) for name in shared}
+            return command(**given, options=JobOptions(**{k: v for k, v in values.items() if v is not None}))
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own.values(), *shared.values())]
+        take_all.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what inspect looks for
+        take_all.__annotations__ = {p.name: p.annotation for p in parameters}
+        return take_all
+
+    return decorate

@@ -196,7 +196,7 @@ def test_files_that_cannot_be_placed_are_refused(mapping: Shell, here: Path) -> 
         (["facts.py:nope", "list.txt"], "has no function 'nope'"),
         (["missing.py:f", "list.txt"], "there is no file missing.py"),
         (["facts.py:measure"], "missing argument"),
-        (["--input", "x", "facts.py:measure", "list.txt"], "--input is for single jobs"),
+        (["--input", "x", "facts.py:measure", "list.txt"], "no such option: --input"),
         (["facts.py:measure", "binary.txt"], "line 2 of the list is not UTF-8"),
     ],
 )

@@ -55,7 +55,7 @@ class MapRequest(msgspec.Struct, frozen=True, kw_only=True):
         "map facts.py:measure - < files.txt",
     ),
 )
-@with_job_options
+@with_job_options("input")
 def map(  # noqa: A001  the command's name
     ctx: typer.Context,
     function: Annotated[str, typer.Argument(metavar="FILE.py:FUNCTION", help="Function of a Python file.")],
@@ -88,8 +88,6 @@ def _prepare(
     files: bool,
     as_json: bool,
 ) -> MapRequest:
-    if options.input:
-        raise InvalidRequest("--input is for single jobs", field="--input", hint="--files sends each line's file along")
     file, _, name = function.rpartition(":")
     if not file.endswith(".py") or not name:
         raise InvalidRequest(

@@ -48,7 +48,7 @@ def _prepare(ctx: typer.Context, words: list[str] | None, options: JobOptions) -
         "run --input data.csv --env LEVEL=2 report.py -- data.csv",
     ),
 )
-@with_job_options
+@with_job_options()
 def run(ctx: typer.Context, words: Words = None, job_id: JobId = None, *, options: JobOptions) -> int:
     invocation: Invocation = ctx.obj
     prepared = _prepare(ctx, words, options)
@@ -70,7 +70,7 @@ def run(ctx: typer.Context, words: Words = None, job_id: JobId = None, *, option
     "The words are those of `blixard run`.",
     epilog=examples("submit --queue night report.py", "submit --id nightly-2026-11-23 -- make -C /srv/report"),
 )
-@with_job_options
+@with_job_options()
 def submit(ctx: typer.Context, words: Words = None, job_id: JobId = None, *, options: JobOptions) -> int:
     invocation: Invocation = ctx.obj
     prepared = _prepare(ctx, words, options)

@@ -14,6 +14,7 @@ from blixard.domain.worker import Registration, SessionState, WorkerSession
 from blixard.errors import InvalidRequest, LeaseLost, LimitExceeded, SessionExpired, WorkerNotFound
 from blixard.protocol.workers import LogBatch, RegisterReply, WorkerView
 from blixard.services.clock import Clock
+from blixard.services.maintenance.rescuer import RENEWAL_SHARE
 from blixard.services.placement import PlacementService
 from blixard.services.signals import Signals
 from blixard.services.views import worker_view
@@ -26,6 +27,7 @@ MAX_FINISHED = 10_000
 MAX_HOLDING = 20_000
 MAX_SLOTS = 4_096
 LOSE_STEP = 1_000
+ENDED = frozenset({SessionState.DEAD, SessionState.CLOSED})
 RETRYABLE = frozenset({OutcomeKind.FAILED, OutcomeKind.TIMED_OUT})
 
 
@@ -35,6 +37,9 @@ class Life:
     def __init__(self, session: WorkerSession, last_number: int) -> None:
         self.session = session
         self.last_number = last_number
+        self.is_remembered = False
+        """False before the first sync here: a server that died may have served the same number without noting it."""
+        self.renewed_at = float("-inf")
         self.turn = asyncio.Lock()
         self.poke = asyncio.Event()
         self.waiting = 0
@@ -104,30 +109,48 @@ class WorkerService:
         return life
 
     async def _serve(self, namespace: str, request: SyncRequest, life: Life) -> SyncReply:
-        is_repeated = request.number <= life.last_number
         is_old = request.number < life.last_number
+        claimed = await self._claimed_before(request, life)
         retry_at = await self._retry_times(request.finished)
-        classes = await self._classes(namespace, request, life)
-        claim_now = bool(classes) and not is_repeated and await self._placement.has_ready_job(classes)
-        state, lost, claimed = await asyncio.gather(
-            self._sessions.renew(namespace, request.session, request.number, self._clock.now()),
+        classes = [] if claimed or is_old else await self._classes(namespace, request, life)
+        claim_now = bool(classes) and await self._placement.has_ready_job(classes)
+        state, lost, more = await asyncio.gather(
+            self._renew(namespace, request, life, has_news=claim_now or bool(request.finished or request.started)),
             self._store_reports(request, retry_at),
             self._claim(request, life, classes) if claim_now else _nothing(),
         )
-        if state is None:
+        if state is None or state in ENDED:
             self._lives.pop(request.session, None)
             raise _expired(request.session)
+        claimed = claimed or more
         life.last_number = max(life.last_number, request.number)
         if request.holding is not None:
             lost = lost + await self._reconcile(request, request.holding)
-        if is_repeated:
-            claimed = await self._leases.claimed_by(request.session, request.number)
         cancelled = await self._leases.cancelled(request.session)
         drain = state is SessionState.DRAINING
         if not (claimed or cancelled or lost or drain or is_old):
             claimed, cancelled, drain = await self._park(namespace, request, life)
         specs = await self._placement.specs(job.spec for job in claimed) if claimed else {}
         return SyncReply(claimed=claimed, specs=specs, cancelled=cancelled, lost=lost, drain=drain)
+
+    async def _claimed_before(self, request: SyncRequest, life: Life) -> list[ClaimedJob]:
+        """Return what a repeated sync has claimed when it came first."""
+        if life.is_remembered and request.number > life.last_number:
+            return []
+        life.is_remembered = True
+        return await self._leases.claimed_by(request.session, request.number)
+
+    async def _renew(self, namespace: str, request: SyncRequest, life: Life, *, has_news: bool) -> SessionState | None:
+        """Count a renewal if something is written anyway or the last one is a while ago; return the session's state.
+
+        An idle worker's parked sync would else cost a commit that a submission or a report has to wait for.
+        """
+        now = self._clock.monotonic()
+        if not has_news and now - life.renewed_at < RENEWAL_SHARE * self._lease_seconds:
+            stored = await self._sessions.find(request.session)
+            return stored.session.state if stored else None
+        life.renewed_at = now
+        return await self._sessions.renew(namespace, request.session, request.number, self._clock.now())
 
     async def _classes(self, namespace: str, request: SyncRequest, life: Life) -> list[int]:
         if request.want <= 0:
@@ -206,7 +229,7 @@ class WorkerService:
                     return claimed, await self._leases.cancelled(request.session), False
             cancelled = await self._leases.cancelled(request.session)
             stored = await self._sessions.find(request.session)
-            if stored is None or stored.session.state in {SessionState.DEAD, SessionState.CLOSED}:
+            if stored is None or stored.session.state in ENDED:
                 self._lives.pop(request.session, None)
                 raise _expired(request.session)
             drain = stored.session.state is SessionState.DRAINING

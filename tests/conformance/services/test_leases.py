@@ -26,7 +26,7 @@ LEASE = 10.0
 DEADLINE = 20.0
 
 
-async def pass_lease_time(plane: ControlPlane, clock: FakeClock, seconds: float = LEASE + 2) -> int:
+async def pass_lease_time(plane: ControlPlane, clock: FakeClock, seconds: float = LEASE + 4) -> int:
     """Let the rescuer watch for so long, a second at a time; return the leases it took."""
     taken = 0
     for _ in range(int(seconds)):
@@ -117,7 +117,7 @@ async def test_the_rescuer_takes_leases_only_after_watching_the_lease_time(
     assert await pass_lease_time(plane, clock, LEASE - 2) == 0
     await worker.sync()
     assert await pass_lease_time(plane, clock, LEASE - 2) == 0
-    assert await pass_lease_time(plane, clock, 4) == 1
+    assert await pass_lease_time(plane, clock, 6) == 1
     assert (await plane.queries.find_by_id(NAMESPACE, job_id)).state is JobState.PENDING
 
 

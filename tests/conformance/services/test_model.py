@@ -187,7 +187,7 @@ class JobsMachine(RuleBasedStateMachine):
         if polite:
             self.run(self.plane.workers.close(NAMESPACE, worker.session))
         else:
-            for _ in range(14):
+            for _ in range(16):
                 self.clock.advance(1)
                 for other in self.workers.values():
                     if other is not worker:

@@ -12,6 +12,9 @@ from blixard.storage.locks import boot_id, is_free
 from blixard.storage.repositories.leases import LeaseRepository
 from blixard.storage.repositories.sessions import SessionRepository, Watched
 
+RENEWAL_SHARE = 1 / 6
+"""Part of the lease time for which a renewal counts for the syncs behind it; the rescuer waits so much longer."""
+
 
 class RescuerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """``interval``: seconds between passes; a pass counts for at most twice of it, however long it was away."""
@@ -27,7 +30,8 @@ class _Observation(msgspec.Struct):
 
 
 class Rescuer:
-    """Expires a session when its renewals stood still for the lease time while we watched, or at once when its lock is free.
+    """Expires a session when its renewals stood still for the lease time (and the share that renewals may lag behind) while we
+    watched, or at once when its lock is free.
 
     A paused or restarted rescuer starts to watch afresh, so a jump of any clock expires nothing.
     """
@@ -83,7 +87,7 @@ class Rescuer:
             self._seen[session.id] = _Observation(session.renewals, 0.0)
             return False
         known.stood_still += elapsed
-        return known.stood_still >= self._config.lease_seconds
+        return known.stood_still >= self._config.lease_seconds * (1 + RENEWAL_SHARE)
 
     def _lock_is_free(self, session: Watched) -> bool:
         """Say whether a worker of this machine and boot is known to be dead, with all its supervisors.

@@ -43,12 +43,13 @@ WITH report AS MATERIALIZED (
 UPDATE jobs SET state = 'in_progress', started_at = r_started_at, updated_at = :now
 FROM report
 WHERE jobs.namespace = r_namespace AND jobs.id = r_id AND jobs.attempt = r_attempt
-    AND jobs.session = :session AND +jobs.state = 'claimed'
+    AND +jobs.session = :session AND +jobs.state = 'claimed'
+    AND EXISTS (SELECT 1 FROM sessions WHERE sessions.id = :session AND sessions.state IN ('online', 'draining'))
 RETURNING id, attempt;
 
 -- name: finish_attempts
 -- End attempts: [[namespace, id, attempt, outcome, started_at, finished_at, exit_code, result, result_blob, error, is_retryable, retry_at], …].
--- Guarded by (state, attempt, session): a stale report changes nothing and is not returned.
+-- Guarded by (state, attempt, session), and the session must be alive: a stale report changes nothing and is not returned.
 WITH report AS MATERIALIZED (
     SELECT
         value ->> 0 AS r_namespace, value ->> 1 AS r_id, value ->> 2 AS r_attempt, value ->> 3 AS r_outcome,
@@ -66,6 +67,7 @@ WITH report AS MATERIALIZED (
     FROM report CROSS JOIN jobs
     WHERE jobs.namespace = r_namespace AND jobs.id = r_id AND jobs.attempt = r_attempt
         AND +jobs.session = :session AND +jobs.state IN ('claimed', 'in_progress')
+        AND EXISTS (SELECT 1 FROM sessions WHERE sessions.id = :session AND sessions.state IN ('online', 'draining'))
 )
 UPDATE jobs SET
     state = r_state,

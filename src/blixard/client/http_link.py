@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -60,6 +60,8 @@ class HttpLink:
         self._transport = transport
         self._decoders: dict[str, msgspec.json.Decoder[Any]] = {}  # Any: one decoder per type of reply
         self._client: httpx.AsyncClient | None = None
+        # httpx searches its whole queue at every turn, so hundreds of calls at once queue here instead.
+        self._turns = asyncio.Semaphore(MAX_CONNECTIONS)
 
     async def open(self) -> None:
         """Make the pool; connects with the first call. Allowed twice."""
@@ -136,7 +138,8 @@ class HttpLink:
                 timeout=_timeout(wait),
             )
             try:
-                response = await client.send(request)
+                async with self._turns:
+                    response = await client.send(request)
             except _NOT_SENT as error:
                 raise self._lost(route, error) if was_sent else self._unreachable(error) from error
             except httpx.TransportError as error:
@@ -153,7 +156,7 @@ class HttpLink:
         if response.status_code >= 400:
             raise _error_in(response)
         if route.reply is type(None):
-            return None  # type: ignore[return-value]  # R is NoneType here
+            return cast("R", None)
         decoder = self._decoders.get(route.name)
         if decoder is None:
             decoder = self._decoders[route.name] = msgspec.json.Decoder(route.reply)

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -156,7 +156,7 @@ class HttpLink:
         if response.status_code >= 400:
             raise _error_in(response)
         if route.reply is type(None):
-            return cast("R", None)
+            return None
         decoder = self._decoders.get(route.name)
         if decoder is None:
             decoder = self._decoders[route.name] = msgspec.json.Decoder(route.reply)

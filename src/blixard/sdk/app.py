@@ -68,8 +68,11 @@ class App:
         return declare if function is None else declare(function)
 
     def handle(self, job_id: str, *, encoding: str = Encoding.JSON) -> JobHandle[object]:
-        """Return a handle to a job that was submitted before, here or elsewhere."""
-        return JobHandle(self.client, job_id, Encoding(encoding))
+        """Return a handle to a job that was submitted before, here or elsewhere; ``encoding`` is that of its function.
+
+        Raises ``InvalidRequest`` for an unknown encoding; whether there is such a job tells the first use of the handle.
+        """
+        return JobHandle(self.client, job_id, JobOptions().changed({"encoding": encoding}).encoding)
 
     @property
     def client(self) -> Client:

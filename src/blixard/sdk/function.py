@@ -25,6 +25,9 @@ R = TypeVar("R")
 class JobFunction(Generic[P, R]):
     """Made by ``@app.job``. Calling it runs the function here and now; ``submit`` and ``map`` run it as jobs."""
 
+    __name__: str
+    __qualname__: str
+
     def __init__(self, app: App, function: Callable[P, R], options: JobOptions) -> None:
         self._app = app
         self._options = options

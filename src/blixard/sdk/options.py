@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
@@ -9,7 +10,7 @@ from typing import TypedDict
 import msgspec
 
 from blixard.domain.grants import Grants
-from blixard.domain.limits import DEFAULT_OUTPUT_BYTES
+from blixard.domain.limits import DEFAULT_OUTPUT_BYTES, MAX_PRIORITY
 from blixard.domain.payload import Encoding, Payload
 from blixard.domain.requirements import Isolation, JobRequirements
 from blixard.domain.retry import RetryPolicy
@@ -77,7 +78,8 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
             if field in changes:
                 changes[field] = _paths(field, changes[field])
         if "include" in changes:
-            changes["include"] = tuple(os.fspath(path) for path in arguments["include"])
+            changes["include"] = _path_list("include", changes["include"])
+        _check_priority(changes.get("priority"))
         merged = {**msgspec.structs.asdict(self), **changes}
         try:
             return msgspec.convert(merged, JobOptions, strict=True) if _known(changes) else self
@@ -87,7 +89,7 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
     def spec(self, name: str, payload: Payload) -> JobSpec:
         """Return the checked spec of a job with these options."""
         spec = JobSpec(
-            name=self.name or name,
+            name=name if self.name is None else self.name,
             payload=payload,
             queue=self.queue,
             requirements=JobRequirements(
@@ -119,13 +121,31 @@ def _whole(field: str, value: object) -> int:
 
 
 def _paths(field: str, value: object) -> tuple[str, ...]:
+    """Return absolute paths, links in them kept as they are named."""
+    found = _path_list(field, value)
+    return tuple(os.path.abspath(os.path.expanduser(path)) for path in found)  # noqa: PTH100, PTH111 - resolve() follows links
+
+
+def _path_list(field: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str | os.PathLike) or not isinstance(value, Sequence):
         raise InvalidRequest(f"{field} takes a list of paths", field=field, hint=f"{field}=[{value!r}]")
-    return tuple(os.path.abspath(os.path.expanduser(path)) for path in value)  # noqa: PTH100, PTH111 - keeps links as they are named
+    return tuple(_text_of_path(field, path) for path in value)
+
+
+def _text_of_path(field: str, path: object) -> str:
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidRequest(f"{field}: {path!r} is no path", field=field)
+    return os.fspath(path)
+
+
+def _check_priority(value: object) -> None:
+    if isinstance(value, int) and not -MAX_PRIORITY <= value <= MAX_PRIORITY:
+        raise InvalidRequest(f"priority is {value}; -{MAX_PRIORITY} to {MAX_PRIORITY} is allowed", field="priority")
 
 
 def _wrong_option(error: msgspec.ValidationError) -> InvalidRequest:
     text, _, place = str(error).partition(" - at `$.")
     field = place.rstrip("`") or None
-    hint = f"choose from {', '.join(Isolation)}" if field == "isolation" else None
+    choices: dict[str | None, type[enum.StrEnum]] = {"isolation": Isolation, "encoding": Encoding}
+    hint = f"choose from {', '.join(choices[field])}" if field in choices else None
     return InvalidRequest(f"{field or 'an option'}: {text}", field=field, hint=hint)

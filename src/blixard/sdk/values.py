@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from blixard.domain.json_text import encode_json
 from blixard.domain.limits import MAX_ARGUMENTS_BYTES
 from blixard.domain.payload import Encoding
 from blixard.errors import InvalidRequest, LimitExceeded
@@ -21,16 +22,16 @@ def encode_arguments(encoding: Encoding, args: Sequence[object], kwargs: Mapping
         raise _not_serialisable(encoding, args, kwargs, error) from error
     if len(data) > MAX_ARGUMENTS_BYTES:
         raise LimitExceeded(
-            f"the arguments are {len(data)} bytes; {MAX_ARGUMENTS_BYTES} are allowed",
+            f"the arguments are {len(data)} bytes; {MAX_ARGUMENTS_BYTES} are allowed (MAX_ARGUMENTS_BYTES)",
             field="arguments",
-            hint="pass a path and grant the file, or send it as an input file",
+            hint="write it to a file, pass its path, and let the job read it: allow_read=[path]",
         )
     return data
 
 
 def _encode(encoding: Encoding, value: object) -> bytes:
     if encoding is Encoding.JSON:
-        return msgspec.json.encode(value)
+        return encode_json(value)
     packed = msgspec.msgpack.encode(value) if encoding is Encoding.MSGPACK else pickle.dumps(value)
     return b'"' + base64.b64encode(packed) + b'"'
 
@@ -41,7 +42,7 @@ def _not_serialisable(
     named = [*((str(place), value) for place, value in enumerate(args)), *kwargs.items()]
     wrong = next(((name, value) for name, value in named if not _serialises(encoding, value)), None)
     what = f"argument {wrong[0]} ({type(wrong[1]).__name__})" if wrong else "the arguments"
-    others = ", ".join(repr(str(other)) for other in Encoding if other is not encoding)
+    others = " or ".join(repr(str(other)) for other in Encoding if other is not encoding)
     return InvalidRequest(
         f"{what} cannot be written as {encoding}: {error}",
         field="arguments",

@@ -223,7 +223,7 @@ class FakeClient(AsyncClient):
         result = self._result(job_id)
         return msgspec.convert(
             {**self._view(job_id), "spec": job.spec, "arguments": job.new.arguments, "arguments_blob": None,
-             "result": result.result, "result_blob": None, "attempts": []},
+             **({} if result.result is None else {"result": result.result}), "result_blob": None, "attempts": []},
             JobDetail, from_attributes=True,
         )  # fmt: skip
 

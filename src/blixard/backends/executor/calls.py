@@ -21,6 +21,7 @@ from typing import Any  # a job's own values
 import msgspec
 
 from blixard.backends.executor.messages import Task
+from blixard.domain.json_text import encode_json
 from blixard.domain.limits import MAX_ERROR_BYTES, MAX_RESULT_BYTES
 from blixard.domain.outcome import AttemptError
 
@@ -107,7 +108,6 @@ def find_function(name: str) -> Callable[..., Any]:
 
 
 _decode_json = msgspec.json.Decoder().decode
-_encode_json = msgspec.json.Encoder().encode
 
 
 def _decode_arguments(arguments: bytes, encoding: str) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -127,7 +127,7 @@ def _decode_arguments(arguments: bytes, encoding: str) -> tuple[Sequence[Any], d
 def _encode_result(value: object, encoding: str) -> bytes:
     try:
         if encoding == "json":
-            result = _encode_json(value)
+            result = encode_json(value)
         else:
             packed = msgspec.msgpack.encode(value) if encoding == "msgpack" else pickle.dumps(value)
             result = b'"' + base64.b64encode(packed) + b'"'

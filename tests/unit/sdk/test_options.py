@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from blixard import App, RetryPolicy
+from blixard.domain.grants import Grants
+from blixard.domain.limits import MAX_PRIORITY
+from blixard.domain.payload import Encoding, FunctionPayload
+from blixard.domain.requirements import Isolation, JobRequirements
+from blixard.domain.spec import JobSpec
+from blixard.errors import InvalidRequest
+from blixard.sdk.options import JobOptions, OptionArguments
+from tests.unit.cli.fake_client import FakeClient
+from tests.unit.sdk import jobs
+
+# Any: what a program without a type checker may pass.
+Options = Mapping[str, Any]
+
+
+def spec_of(options: Options) -> JobSpec:
+    return JobOptions().changed(options).spec("shop.f", FunctionPayload(function="m:f"))  # type: ignore[arg-type]  # see Options
+
+
+EVERY_OPTION: list[tuple[Options, Options]] = [
+    ({"name": "nightly"}, {"name": "nightly"}),
+    ({"queue": "slow"}, {"queue": "slow"}),
+    ({"isolation": "minimal"}, {"requirements": JobRequirements(isolation=Isolation.MINIMAL)}),
+    ({"retries": 3}, {"retry": RetryPolicy(retries=3)}),
+    ({"retry": RetryPolicy(retries=2, delay=5)}, {"retry": RetryPolicy(retries=2, delay=5)}),
+    ({"timeout": 1.5}, {"timeout": 1.5}),
+    ({"timeout": 30}, {"timeout": 30.0}),
+    ({"timeout": None}, {"timeout": None}),
+    ({"env": {"A": "1"}}, {"environment": {"A": "1"}}),
+    ({"allow_read": ["/data"]}, {"grants": Grants(read=("/data",))}),
+    ({"allow_write": [Path("/out")]}, {"grants": Grants(write=("/out",))}),
+    ({"allow_net": True}, {"grants": Grants(network=True)}),
+    ({"labels": {"zone": "a"}}, {"requirements": JobRequirements(labels={"zone": "a"})}),
+    ({"cpus": 2}, {"requirements": JobRequirements(cpus=2.0)}),
+    ({"memory_mb": 512}, {"requirements": JobRequirements(memory_mb=512)}),
+    ({"tags": ["x", "y"]}, {"tags": ("x", "y")}),
+    ({"max_output_bytes": 10}, {"max_output_bytes": 10}),
+]
+ELSEWHERE = {"encoding", "include", "priority"}
+"""What is not part of the spec: see the tests below."""
+
+
+@pytest.mark.parametrize(("options", "fields"), EVERY_OPTION, ids=lambda case: next(iter(case)))
+def test_every_option_lands_in_the_spec(options: Options, fields: Options) -> None:
+    spec = spec_of(options)
+    plain = spec_of({})
+    assert {name: getattr(spec, name) for name in fields} == dict(fields)
+    assert [name for name in JobSpec.__struct_fields__ if getattr(spec, name) != getattr(plain, name)] in (
+        list(fields),
+        [],
+    )
+
+
+def test_no_option_is_forgotten_here() -> None:
+    assert {name for options, _ in EVERY_OPTION for name in options} | ELSEWHERE == set(get_type_hints(OptionArguments))
+    assert set(get_type_hints(OptionArguments)) == {*JobOptions.__struct_fields__, "retries"}
+
+
+def test_encoding_priority_and_included_files_reach_the_job(app: App, client: FakeClient) -> None:
+    job = app.job(encoding="msgpack", priority=7, include=["tests/unit/sdk/jobs.py"])(jobs.add)
+    job.submit(1)
+    request = client.requests[-1]
+    assert isinstance(request.spec.payload, FunctionPayload)
+    assert request.spec.payload.encoding is Encoding.MSGPACK
+    assert request.jobs[0].priority == 7
+    with pytest.raises(InvalidRequest, match=r"there is no file .*absent\.txt to include"):
+        job.options(include=["absent.txt"]).submit(1)
+
+
+def test_an_unknown_option_lists_those_that_exist() -> None:
+    with pytest.raises(InvalidRequest, match="there is no option 'retrys'") as caught:
+        spec_of({"retrys": 1})
+    assert "retries" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "words"),
+    [
+        ({"retries": "3"}, "retries", "no whole number"),
+        ({"retries": True}, "retries", "no whole number"),
+        ({"retries": -1}, "retry.retries", "0 to"),
+        ({"timeout": 0}, "timeout", "above 0"),
+        ({"timeout": -3.0}, "timeout", "above 0"),
+        ({"timeout": "30s"}, "timeout", "Expected"),
+        ({"isolation": "none"}, "isolation", "none"),
+        ({"encoding": "yaml"}, "encoding", "yaml"),
+        ({"env": {"A": 1}}, "env", "str"),
+        ({"env": ["A"]}, "env", "Expected"),
+        ({"allow_read": "/data"}, "allow_read", "a list of paths"),
+        ({"allow_write": 3}, "allow_write", "a list of paths"),
+        ({"allow_read": [3]}, "allow_read", "3"),
+        ({"allow_read": ["/"]}, "grants.read", "whole file system"),
+        ({"allow_net": "yes"}, "allow_net", "bool"),
+        ({"include": "data.csv"}, "include", "a list of paths"),
+        ({"tags": "nightly"}, "tags", "Expected"),
+        ({"cpus": 0}, "requirements.cpus", "above 0"),
+        ({"memory_mb": 1.5}, "memory_mb", "int"),
+        ({"priority": "high"}, "priority", "int"),
+        ({"name": ""}, "name", "characters"),
+        ({"queue": ""}, "queue", "characters"),
+        ({"retries": 1, "retry": RetryPolicy()}, "retries", "the same thing"),
+    ],
+)
+def test_a_wrong_value_names_the_option(options: Options, field: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        spec_of(options)
+    assert (caught.value.field or "").startswith(field)
+
+
+def test_a_wrong_option_is_told_where_it_is_declared(app: App) -> None:
+    with pytest.raises(InvalidRequest, match="isolation"):
+        app.job(isolation="strong")
+
+
+def test_a_priority_out_of_range_is_refused_where_it_is_declared() -> None:
+    with pytest.raises(InvalidRequest, match=f"{MAX_PRIORITY}"):
+        spec_of({"priority": MAX_PRIORITY + 1})
+
+
+def test_relative_paths_become_absolute_and_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    grants = spec_of({"allow_read": ["data", "./more/../less"], "allow_write": ["~/out"]}).grants
+    assert grants == Grants(read=(f"{tmp_path}/data", f"{tmp_path}/less"), write=("/home/somebody/out",))
+
+
+def test_options_change_one_thing_and_leave_the_declared_ones(app: App, client: FakeClient) -> None:
+    declared = app.job(retry=RetryPolicy(delay=9.0), tags=["a"])(jobs.add)
+    declared.options(retries=2).submit(1)
+    declared.submit(1)
+    first, second = (request.spec for request in client.requests)
+    assert first.retry == RetryPolicy(delay=9.0, retries=2)
+    assert second.retry == RetryPolicy(delay=9.0)
+    assert first.tags == second.tags == ("a",)

@@ -51,6 +51,9 @@ def _write(stream: TextIO, data: bytes) -> None:
         stream.flush()
     except BrokenPipeError as error:
         raise ReaderGone from error
+    except OSError as error:
+        error.filename = "standard output" if stream is sys.stdout else "standard error"
+        raise
 
 
 def print_line(text: str) -> None:

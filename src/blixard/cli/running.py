@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from blixard.cli.failures import INTERRUPTED, OURS, TIMED_OUT, show_error
 from blixard.cli.follow import LogFollower
@@ -12,6 +13,7 @@ from blixard.client.contract import AsyncClient
 from blixard.client.endings import describe_end, is_cancelled
 from blixard.domain.outcome import OutcomeKind
 from blixard.domain.state_machine import JobState
+from blixard.errors import Conflict
 from blixard.protocol.jobs import JobResult, LogEntry
 
 REMEMBERED_STDERR = 128 * 1024
@@ -36,11 +38,11 @@ class RunningJob:
             await asyncio.wait({ending, interrupted}, return_when=asyncio.FIRST_COMPLETED)
             if interrupt.exit_code and not ending.done():
                 note(f"cancelling {self._job_id}; once more leaves at once")
-                await self._client.cancel(self._job_id)
+                await self._cancel()
             result = await ending
-        except ReaderGone:
-            # Nobody reads the output any more: end as a program in a pipe does, and the job with it.
-            await self._client.cancel(self._job_id)
+        except (ReaderGone, OSError):
+            # Nobody can read the output any more: end as a program in a pipe does, and the job with it.
+            await self._cancel()
             raise
         finally:
             ending.cancel()
@@ -49,6 +51,11 @@ class RunningJob:
         self._tell(result)
         await print_large_result(self._client, result)
         return interrupt.exit_code or exit_code_of_job(result)
+
+    async def _cancel(self) -> None:
+        # It may have ended just now, which is as good.
+        with contextlib.suppress(Conflict):
+            await self._client.cancel(self._job_id)
 
     async def _until_end(self) -> JobResult:
         following = asyncio.create_task(self._follower.follow(), name="run: follow output")

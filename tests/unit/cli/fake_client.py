@@ -258,8 +258,9 @@ class FakeClient(AsyncClient):
 
     async def cancel(self, job_id: str) -> CancelReply:
         job = self._find(job_id)
-        if not job.state.is_terminal:
-            self._end(job_id, Ending(outcome=OutcomeKind.CANCELLED, exit_code=None))
+        if job.state.is_terminal:
+            raise InvalidTransition(job_id, job.state, "cancelled")
+        self._end(job_id, Ending(outcome=OutcomeKind.CANCELLED, exit_code=None))
         return CancelReply(id=job_id, state=job.state)
 
     async def retry(self, job_id: str) -> JobView:

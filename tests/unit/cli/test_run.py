@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import signal
@@ -20,6 +21,7 @@ from blixard.domain.payload import CommandPayload, FunctionPayload, ScriptPayloa
 from blixard.domain.requirements import Isolation
 from blixard.domain.state_machine import JobState
 from blixard.errors import ServerUnreachable, StoreUnavailable
+from blixard.protocol.jobs import CancelReply
 from tests.unit.cli.conftest import Shell
 from tests.unit.cli.fake_client import Ending, FakeClient, FakeStore
 
@@ -272,6 +274,17 @@ def test_submit_says_how_the_job_will_run(shell: Shell) -> None:
     assert "no worker is online" in shell.run("--server", "http://127.0.0.1:1", "submit", "hello.py").err
 
 
+def test_a_signal_that_comes_as_the_job_ends_is_no_mistake(shell: Shell) -> None:
+    class Late(FakeClient):
+        async def cancel(self, job_id: str) -> CancelReply:
+            self._end(job_id, Ending(result="in time"))
+            return await super().cancel(job_id)
+
+    client = Late(shell.store, lambda spec, job: None)
+    _send_when_waiting(client, signal.SIGINT)
+    assert run_command_line(["run", "hello.py"], connect=lambda config: client) == 130
+
+
 def test_large_arguments_travel_as_a_blob(shell: Shell) -> None:
     shell.run("submit", "facts.py:measure", "x" * 70_000)
     (job,) = shell.client.requests[0].jobs
@@ -283,9 +296,14 @@ def test_a_grant_is_not_looked_for_here_when_the_job_runs_elsewhere(shell: Shell
     assert shell.run("--server", "http://127.0.0.1:1", "submit", "--allow-read", "/srv/there", "hello.py").code == 0
 
 
-def test_a_closed_pipe_cancels_the_job(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"), [(ReaderGone(), 141), (OSError(errno.ENOSPC, "No space left on device", "standard output"), 125)]
+)
+def test_output_that_cannot_be_written_cancels_the_job(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
     def broken(data: bytes) -> None:
-        raise ReaderGone
+        raise error
 
     monkeypatch.setattr("blixard.cli.running.write_out", broken)
 
@@ -302,5 +320,5 @@ def test_a_closed_pipe_cancels_the_job(shell: Shell, monkeypatch: pytest.MonkeyP
         clients.append(Slow(shell.store))
         return clients[-1]
 
-    assert run_command_line(["run", "hello.py"], connect=connect) == 141
+    assert run_command_line(["run", "hello.py"], connect=connect) == code
     assert [job.state for job in shell.store.jobs.values()] == [JobState.CANCELLED]

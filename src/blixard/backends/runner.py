@@ -219,8 +219,7 @@ class Runner:
         for stream, count in ((Stream.STDOUT, answer.native_stdout), (Stream.STDERR, answer.native_stderr)):
             left = count
             with contextlib.suppress(BlockingIOError):  # while we listen to the pipe, some of it has been read already
-                while left > 0:
-                    data = os.read(self._pipes[stream], min(left, _READ_BYTES))
+                while left > 0 and (data := os.read(self._pipes[stream], min(left, _READ_BYTES))):
                     left -= len(data)
                     attempt.write(stream, data)
 

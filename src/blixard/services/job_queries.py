@@ -28,10 +28,11 @@ from blixard.services.signals import Signals
 from blixard.services.views import batch_view, event_view, job_detail, job_view
 from blixard.services.why import WhyService
 from blixard.storage.repositories.batches import BatchRepository
-from blixard.storage.repositories.jobs import JobRepository, ListingBounds
+from blixard.storage.repositories.jobs import FAR_FUTURE, JobRepository, ListingBounds
 from blixard.storage.repositories.sessions import SessionRepository
 
 MAX_WAIT_IDS = 1_000
+MAX_CURSOR_DIGITS = 18
 T = TypeVar("T")
 
 
@@ -65,13 +66,14 @@ class JobQueryService:
         return job_detail(job, await self._jobs.attempts(namespace, job_id))
 
     async def jobs(self, namespace: str, where: JobFilter, *, limit: int = 100, cursor: str | None = None) -> JobPage:
-        """Return up to ``limit`` (1 to 1,000) jobs, newest id first."""
+        """Return up to ``limit`` (1 to 1,000) jobs, newest first."""
         if not 1 <= limit <= MAX_LIST_JOBS:
             raise LimitExceeded(f"limit is {limit}; 1 to {MAX_LIST_JOBS} is allowed", field="limit")
         bounds = _bounds(where, limit, cursor)
         ids = await self._list_ids(namespace, where, bounds)
         found = await self._jobs.find_many(namespace, ids) if ids else []
-        return JobPage(jobs=[job_view(job) for job in found], cursor=ids[-1] if len(ids) == limit else None)
+        cursor_behind = _cursor(found[-1]) if found and len(ids) == limit else None
+        return JobPage(jobs=[job_view(job) for job in found], cursor=cursor_behind)
 
     async def _list_ids(self, namespace: str, where: JobFilter, bounds: ListingBounds) -> list[str]:
         by_spec = where.name is not None or where.tag is not None or where.queue is not None
@@ -165,10 +167,19 @@ class JobQueryService:
 
 def _bounds(where: JobFilter, limit: int, cursor: str | None) -> ListingBounds:
     since = _microseconds(where.since) if where.since else 0
-    until = _microseconds(where.until) if where.until else 1 << 62
+    until = _microseconds(where.until) if where.until else FAR_FUTURE
     if cursor is None:
         return ListingBounds(limit=limit, since=since, until=until)
-    return ListingBounds(limit=limit, cursor=check_id(cursor, field="cursor"), since=since, until=until)
+    at, _, job_id = cursor.partition(":")
+    if not (at.isascii() and at.isdecimal() and len(at) <= MAX_CURSOR_DIGITS):
+        raise InvalidRequest(f"{cursor!r} is not a cursor", field="cursor", hint="take it from the page before")
+    return ListingBounds(
+        limit=limit, cursor_at=int(at), cursor=check_id(job_id, field="cursor"), since=since, until=until
+    )
+
+
+def _cursor(last: Job) -> str:
+    return f"{last.metadata.created_at}:{last.id}"
 
 
 def _microseconds(moment: dt.datetime) -> int:

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from blixard.errors import Conflict
+
+
+PROBE_TRIES = 20
+PROBE_PAUSE = 0.01
+
+
+def _try_lock(fd: int) -> bool:
+    """Try for a moment: ``is_free`` of another process holds a lock for microseconds only."""
+    for _ in range(PROBE_TRIES):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(PROBE_PAUSE)
+        else:
+            return True
+    return False
 
 
 class FileLock:
@@ -21,12 +38,10 @@ class FileLock:
         """Take the lock, writing ``note`` (such as a pid) into the file. Raises ``Conflict`` with the holder's note when it is taken."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(fd):
             holder = os.read(fd, 200).decode(errors="replace").strip()
             os.close(fd)
-            raise Conflict(f"{path} is locked by {holder or 'another process'}") from None
+            raise Conflict(f"{path} is locked by {holder or 'another process'}")
         os.ftruncate(fd, 0)
         os.pwrite(fd, note.encode(), 0)
         return cls(path, fd)

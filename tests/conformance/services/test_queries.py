@@ -43,6 +43,20 @@ async def test_a_listing_is_newest_first_and_continues_at_its_cursor(plane: Cont
     assert seen == ids[::-1]
 
 
+async def test_ids_chosen_by_users_do_not_disturb_the_order_of_time(plane: ControlPlane, clock: FakeClock) -> None:
+    chosen = []
+    for job_id in ("zebra", "alpha", "mmm"):
+        await plane.commands.submit(NAMESPACE, SubmitRequest(spec=make_spec(), jobs=[NewJob(id=job_id)]))
+        clock.advance(1)
+        chosen.append(job_id)
+    assert await ids_of(plane) == chosen[::-1]
+    assert await ids_of(plane, name="noop") == chosen[::-1]
+    assert await ids_of(plane, states=["pending"]) == chosen[::-1]
+    first = await plane.queries.jobs(NAMESPACE, JobFilter(), limit=2)
+    rest = await plane.queries.jobs(NAMESPACE, JobFilter(), limit=2, cursor=first.cursor)
+    assert [job.id for job in rest.jobs] == ["zebra"]
+
+
 async def test_filters_name_tag_queue_state_and_time(
     plane: ControlPlane, worker: ScriptedWorker, clock: FakeClock
 ) -> None:
@@ -73,6 +87,8 @@ async def test_wrong_bounds_of_a_listing_are_refused(plane: ControlPlane) -> Non
             await plane.queries.jobs(NAMESPACE, JobFilter(), limit=limit)
     with pytest.raises(InvalidRequest):
         await plane.queries.jobs(NAMESPACE, JobFilter(), cursor="a b")
+    with pytest.raises(InvalidRequest):
+        await plane.queries.jobs(NAMESPACE, JobFilter(), cursor="9:")
     with pytest.raises(InvalidRequest):
         await plane.queries.jobs(NAMESPACE, JobFilter(since=dt.datetime(2026, 1, 1)), limit=1)  # noqa: DTZ001 - that is the mistake
     with pytest.raises(InvalidRequest):

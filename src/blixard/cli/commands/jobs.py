@@ -27,8 +27,6 @@ from blixard.protocol.jobs import JobDetail, JobFilter, JobView, LogEntry
 
 app = typer.Typer(rich_markup_mode=PLAIN)
 LAST = "last"
-ABOVE_SINGLE_JOBS = "job_zzzzzzzz"
-"""Greater than every id that ``new_job_id`` makes in this millennium."""
 LOOK_SECONDS = 0.5
 """Between two looks at whether a followed job has ended."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -42,12 +40,10 @@ async def resolve_id(client: AsyncClient, given: str) -> str:
     """Return the id that is meant; ``last`` is the newest job. Raises ``InvalidRequest``, ``JobNotFound``."""
     if given != LAST:
         return check_id(given, field="job id")
-    # Lists go by id. Those of maps begin with another letter than those of single jobs, so both heads are looked at.
-    heads = [await client.jobs(limit=1), await client.jobs(limit=1, cursor=ABOVE_SINGLE_JOBS)]
-    newest = max((job for page in heads for job in page.jobs), key=lambda job: job.created_at, default=None)
-    if newest is None:
+    newest = (await client.jobs(limit=1)).jobs
+    if not newest:
         raise JobNotFound(LAST)
-    return newest.id
+    return newest[0].id
 
 
 @app.command(

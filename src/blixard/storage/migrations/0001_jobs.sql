@@ -113,10 +113,12 @@ CREATE INDEX jobs_waiting ON jobs (run_at) WHERE state = 'pending' AND is_ready 
 CREATE INDEX jobs_leased ON jobs (session, claim_number) WHERE state IN ('claimed', 'in_progress');
 -- Cancels on their way to a worker.
 CREATE INDEX jobs_cancelling ON jobs (session) WHERE cancel_requested_at IS NOT NULL AND state IN ('claimed', 'in_progress');
+-- Listings, newest first: ids may be chosen by users, so they do not sort by time.
+CREATE INDEX jobs_by_creation ON jobs (namespace, created_at, id);
 -- Listings by state; leased jobs are listed through jobs_leased, so a claim and a completion touch this once each.
-CREATE INDEX jobs_by_state ON jobs (namespace, state, id) WHERE state NOT IN ('claimed', 'in_progress');
+CREATE INDEX jobs_by_state ON jobs (namespace, state, created_at, id) WHERE state NOT IN ('claimed', 'in_progress');
 -- Listings by name and tag go through the spec; the pruner asks it whether a spec is still used.
-CREATE INDEX jobs_by_spec ON jobs (spec_id, id);
+CREATE INDEX jobs_by_spec ON jobs (spec_id, created_at, id);
 -- What retention may remove.
 CREATE INDEX jobs_finished ON jobs (finished_at) WHERE finished_at IS NOT NULL;
 

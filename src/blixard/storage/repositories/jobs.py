@@ -30,21 +30,24 @@ from blixard.storage.statements import Statements
 
 MAX_EVENTS = 1_000
 """Newest events of one job that are listed."""
+FAR_FUTURE = 1 << 62
 _AFTER_EVERY_ID = "\x7f"
 
 
 class ListingBounds(msgspec.Struct, frozen=True, kw_only=True):
-    """One page of a listing, newest first: ids below ``cursor``, created in [since, until) (microseconds)."""
+    """One page of a listing, newest first: jobs behind (``cursor_at``, ``cursor``), created in [since, until) (microseconds)."""
 
     limit: int
+    cursor_at: int = FAR_FUTURE
     cursor: str = _AFTER_EVERY_ID
     since: int = 0
-    until: int = 1 << 62
+    until: int = FAR_FUTURE
 
     def params(self, namespace: str) -> dict[str, str | int]:
         return {
             "namespace": namespace,
             "limit": self.limit,
+            "cursor_at": self.cursor_at,
             "cursor": self.cursor,
             "since": self.since,
             "until": self.until,

@@ -50,46 +50,47 @@ FROM json_each(:ids) AS wanted
 CROSS JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value;
 
 -- name: list_ids
--- Ids below the cursor, newest first: straight down the primary key.
-SELECT id FROM jobs
-WHERE namespace = :namespace AND id < :cursor AND created_at >= :since AND created_at < :until
-ORDER BY id DESC LIMIT :limit;
+-- Ids behind the cursor (created_at, id), newest first.
+SELECT id FROM jobs INDEXED BY jobs_by_creation
+WHERE namespace = :namespace AND (created_at, id) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
+ORDER BY created_at DESC, id DESC LIMIT :limit;
 
 -- name: list_ids_by_state
--- The same for states without a lease, one seek per state.
+-- The same for some states, one seek per state; leased ones are found by session.
 SELECT id FROM (
-    SELECT picked.value AS id
+    SELECT picked.value ->> 0 AS created_at, picked.value ->> 1 AS id
     FROM json_each(:states) AS wanted, json_each((
-        SELECT json_group_array(id) FROM (
-            SELECT id FROM jobs INDEXED BY jobs_by_state
+        SELECT json_group_array(json_array(created_at, id)) FROM (
+            SELECT created_at, id FROM jobs INDEXED BY jobs_by_state
             WHERE namespace = :namespace AND state = wanted.value AND state NOT IN ('claimed', 'in_progress')
-                AND id < :cursor AND created_at >= :since AND created_at < :until
-            ORDER BY id DESC LIMIT :limit
+                AND (created_at, id) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
+            ORDER BY created_at DESC, id DESC LIMIT :limit
         )
     )) AS picked
     UNION ALL
-    SELECT id FROM jobs INDEXED BY jobs_leased
-    WHERE state IN ('claimed', 'in_progress') AND session IN (SELECT id FROM sessions WHERE state IN ('online', 'draining', 'dead'))
+    SELECT created_at, id FROM jobs INDEXED BY jobs_leased
+    WHERE state IN ('claimed', 'in_progress') AND session IN (SELECT id FROM sessions)
         AND state IN (SELECT value FROM json_each(:states)) AND namespace = :namespace
-        AND id < :cursor AND created_at >= :since AND created_at < :until
+        AND (created_at, id) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
 )
-ORDER BY id DESC LIMIT :limit;
+ORDER BY created_at DESC, id DESC LIMIT :limit;
 
 -- name: list_ids_by_spec
--- The same for jobs of some specs (found by name or tag), one seek per spec.
-SELECT picked.value AS id
+-- The same for jobs of some specs (found by name, queue or tag), one seek per spec.
+SELECT picked.value ->> 1 AS id
 FROM json_each(:specs) AS spec, json_each((
-    SELECT json_group_array(id) FROM (
-        SELECT id FROM jobs INDEXED BY jobs_by_spec
-        WHERE spec_id = spec.value AND id < :cursor AND namespace = :namespace AND created_at >= :since AND created_at < :until
+    SELECT json_group_array(json_array(created_at, id)) FROM (
+        SELECT created_at, id FROM jobs INDEXED BY jobs_by_spec
+        WHERE spec_id = spec.value AND namespace = :namespace
+            AND (created_at, id) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
             AND (:any_state OR state IN (SELECT value FROM json_each(:states)))
-        ORDER BY id DESC LIMIT :limit
+        ORDER BY created_at DESC, id DESC LIMIT :limit
     )
 )) AS picked
-ORDER BY id DESC LIMIT :limit;
+ORDER BY picked.value ->> 0 DESC, id DESC LIMIT :limit;
 
 -- name: list_ids_of_batch
--- The same within a batch, whose ids share a prefix.
+-- Ids of a batch, whose ids share a prefix, from its last to its first.
 SELECT id FROM jobs
 WHERE namespace = :namespace AND id >= :batch || '.' AND id < :batch || '/' AND id < :cursor
     AND created_at >= :since AND created_at < :until

@@ -255,4 +255,4 @@ async def wait_until(condition: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < end, f"waited {DEADLINE:g} s in vain: {what}"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # sleep: nothing announces it

@@ -141,7 +141,7 @@ class Handle:
 @Handle
 def decorated(x): return x + 1
 async def later(x):
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # sleep: one turn of the loop
     return x * 3
 """
     for name, value in (("jobs:Tools.double", 20), ("jobs:decorated", 11), ("jobs:later", 30)):
@@ -300,7 +300,7 @@ async def test_a_job_can_be_cancelled_at_any_moment_of_its_start(rig: Rig) -> No
     for turns in range(1, 21):
         running = rig.begin(rig.program("import time\ntime.sleep(600)"))
         for _ in range(turns):
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # sleep: one turn of the loop
         rig.backend.interrupt(running.ref, StopReason.CANCEL)
         assert (await running.end()).kind is OutcomeKind.CANCELLED
     assert (await rig.run(rig.function(ADD, 1)))[0].kind is OutcomeKind.COMPLETED

@@ -456,7 +456,7 @@ async def test_stop_during_start_leaves_nothing(harness: BackendHarness, rig: Ri
     before = descendants()
     backend = harness.create(rig.settings)
     starting = asyncio.create_task(backend.start())
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # sleep: one turn of the loop
     await backend.stop()
     await asyncio.gather(starting, return_exceptions=True)
     await backend.stop()

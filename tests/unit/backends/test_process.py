@@ -123,7 +123,7 @@ async def wait_until(condition: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < end, f"waited in vain: {what}"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # sleep: nothing announces it
 
 
 def is_alive(pid: int) -> bool:
@@ -498,7 +498,7 @@ async def test_interrupts_at_random_moments_keep_every_promise(tmp_path: Path, j
         executions = [jobs.function(GATE, "", str(log), i) for i in range(2_000)]
         asked: dict[int, StopReason] = {}
         tasks = [begin(backend, execution) for execution in executions]
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # sleep: one turn of the loop
         for i in sorted(random.sample(range(2_000), 200)):
             await asyncio.wait({tasks[max(0, i - random.randrange(0, 80))]})
             if not tasks[i].done():

@@ -16,6 +16,8 @@ from blixard.domain.state_machine import JobState
 from blixard.errors import Conflict
 from blixard.protocol.jobs import JobResult, LogEntry
 
+PATIENCE_SECONDS = 8.0
+"""A job may be pending for so long before the user is told why."""
 REMEMBERED_STDERR = 128 * 1024
 """Enough to recognise a traceback that the job has written itself: it is at most 64 KiB."""
 
@@ -60,17 +62,26 @@ class RunningJob:
     async def _until_end(self) -> JobResult:
         following = asyncio.create_task(self._follower.follow(), name="run: follow output")
         waiting = asyncio.create_task(self._client.result(self._job_id), name="run: wait for result")
+        explaining = asyncio.create_task(self._explain_waiting(), name="run: explain")
         try:
             await asyncio.wait({following, waiting}, return_when=asyncio.FIRST_COMPLETED)
             if following.done():
                 following.result()
             result = await waiting
         finally:
-            following.cancel()
-            waiting.cancel()
-            await asyncio.gather(following, waiting, return_exceptions=True)
+            for task in (following, waiting, explaining):
+                task.cancel()
+            await asyncio.gather(following, waiting, explaining, return_exceptions=True)
         await self._follower.finish(result.attempt)
         return result
+
+    async def _explain_waiting(self) -> None:
+        """Say once why the job does not run, if it is still pending after a while."""
+        await asyncio.sleep(PATIENCE_SECONDS)
+        view = await self._client.why(self._job_id)
+        if view.state is JobState.PENDING and view.reasons:
+            note(f"{self._job_id} is pending: {view.summary}")
+            note(f"what would unblock it: {view.reasons[0].unblock}")
 
     def _show(self, entry: LogEntry) -> None:
         if entry.stream == "stderr":

@@ -11,8 +11,9 @@ from typing import Protocol, Self, TypeVar
 
 from blixard.domain.job import NewJob
 from blixard.domain.limits import KIB, MAX_WAIT_SECONDS
+from blixard.domain.requirements import Isolation
 from blixard.domain.spec import JobSpec
-from blixard.errors import JobNotFound, WaitTimedOut
+from blixard.errors import JobNotFound, NotSupportedHere, WaitTimedOut
 from blixard.protocol.jobs import (
     BatchResults,
     BatchView,
@@ -83,6 +84,12 @@ class PlaneClient:
         return reply.ids[0]
 
     async def submit_many(self, request: SubmitRequest) -> SubmitReply:
+        if request.spec.requirements.isolation is Isolation.MAXIMUM:
+            # Only this machine would run it, and nothing less is ever given instead.
+            raise NotSupportedHere(
+                "isolation maximum needs microVMs, which this version does not have",
+                hint="use isolation standard; `blixard doctor` says what this machine can give",
+            )
         return await self._plane.commands.submit(self._namespace, request, submitter=self._submitter())
 
     async def open_batch(self, request: OpenBatchRequest) -> BatchView:

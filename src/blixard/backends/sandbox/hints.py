@@ -21,7 +21,7 @@ _NO_NETWORK = re.compile(
     r"nodename nor servname|getaddrinfo failed|No address associated with hostname"
 )
 _LOCAL_REFUSED = re.compile(r"\[Errno 111\]|Connection refused")
-_OWN = (WORK, HOME, TEMPORARY, CODE, "/dev", "/proc")
+_OWN = (WORK, HOME, CODE, "/dev", "/proc")
 
 
 def explain_denial(error: AttemptError, grants: Grants) -> AttemptError:
@@ -52,10 +52,10 @@ def _hint_of_path(text: str, grants: Grants) -> str | None:
         )
     if number not in _HIDDEN:
         return None
-    if os.path.lexists(path):
+    if os.path.lexists(path):  # also below /tmp: the job has one of its own, and the file is in the machine's
         return f"the sandbox hides {path}; grant it with --allow-read {path} (or --allow-write {path})"
     parent = os.path.dirname(path)
-    if parent != "/" and os.path.isdir(parent):
+    if parent not in {"/", TEMPORARY} and os.path.isdir(parent):
         return f"the sandbox hides {parent}; to create files in it, grant it with --allow-write {parent}"
     return None
 

@@ -32,6 +32,8 @@ TICK_SECONDS = 0.02
 """How often heads of executors are looked at while anything runs: for timeouts, and to tell that they started."""
 MAX_KNOWN_SPECS = 256
 STOP_SECONDS = 30.0
+ZYGOTE_TRIES = 3
+"""One that ends while it starts may have been killed; only when that happens every time the host is at fault."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -332,14 +334,24 @@ class RunnerBackend(abc.ABC):
         self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _start_zygote(self) -> None:
-        zygote = ZygoteClient(lock_fd=self.settings.lock_fd, on_end=self._lose_zygote)
         try:
-            await zygote.start()
+            self._zygote = await self._try_zygotes()
         except (NotSupportedHere, OSError) as error:  # a TimeoutError, too
             self._give_up_waiting(f"the process that jobs are forked from could not start: {error}")
             raise
-        self._zygote = zygote
         self._dispatch_soon()
+
+    async def _try_zygotes(self) -> ZygoteClient:
+        for tries_left in reversed(range(ZYGOTE_TRIES)):
+            zygote = ZygoteClient(lock_fd=self.settings.lock_fd, on_end=self._lose_zygote)
+            try:
+                await zygote.start()
+            except NotSupportedHere:
+                if not tries_left:
+                    raise
+            else:
+                return zygote
+        raise AssertionError("unreachable")
 
     def _give_up_waiting(self, reason: str) -> None:
         while self._waiting:

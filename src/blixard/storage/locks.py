@@ -9,7 +9,6 @@ from pathlib import Path
 
 from blixard.errors import Conflict
 
-
 PROBE_TRIES = 20
 PROBE_PAUSE = 0.01
 

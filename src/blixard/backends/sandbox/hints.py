@@ -16,6 +16,7 @@ from blixard.domain.outcome import AttemptError
 _ERROR_OF_PATH = re.compile(r"\[Errno (?P<number>\d+)\] [^:]*: (?P<quote>['\"])(?P<path>/.*?)(?P=quote)")
 _HIDDEN = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 _PROTECTED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
 _NO_NETWORK = re.compile(
     r"\[Errno (?:101|113|-2|-3|-5)\]|Network is unreachable|[Nn]ame resolution|Name or service not known|"
     r"nodename nor servname|getaddrinfo failed|No address associated with hostname"
@@ -45,7 +46,7 @@ def _hint_of_path(text: str, grants: Grants) -> str | None:
     if readable:
         if number in _PROTECTED and not writable:
             return f"the sandbox lets {path} be read only; grant it with --allow-write {path}"
-        return None
+        return _hint_of_owner(path) if number in _FORBIDDEN else None
     if number == errno.EROFS:
         return (
             f"nothing outside {WORK}, {HOME} and {TEMPORARY} can be written; grant it with --allow-write {_place(path)}"
@@ -58,6 +59,16 @@ def _hint_of_path(text: str, grants: Grants) -> str | None:
     if parent not in {"/", TEMPORARY} and os.path.isdir(parent):
         return f"the sandbox hides {parent}; to create files in it, grant it with --allow-write {parent}"
     return None
+
+
+def _hint_of_owner(path: str) -> str:
+    """A granted path keeps its rights. A worker of root does not run jobs as root, which is what surprises."""
+    if os.geteuid() != 0:
+        return f"{path} is granted, but its own rights forbid this to the user of the worker"
+    return (
+        f"{path} is granted, but its own rights forbid this: a worker of root runs its jobs as an ordinary user; "
+        f"allow others (chmod o+rwX {_place(path)}), or run the worker as the owner of the files"
+    )
 
 
 def _place(path: str) -> str:

@@ -79,3 +79,19 @@ def test_other_errors_stay_as_they_are() -> None:
     assert explain_denial(error, Grants()) is error
     known = AttemptError(type="OSError", message="[Errno 101] x", hint="known")
     assert explain_denial(known, Grants()) is known
+
+
+@pytest.mark.parametrize(("number", "text"), [(13, "Permission denied"), (1, "Operation not permitted")])
+def test_a_granted_path_whose_own_rights_forbid_it_says_so(
+    place: Path, monkeypatch: pytest.MonkeyPatch, number: int, text: str
+) -> None:
+    message = f"[Errno {number}] {text}: '{place / 'new'}'"
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    hint = hint_of(message, Grants(write=(str(place),)))
+    assert hint is not None
+    assert "a worker of root runs its jobs as an ordinary user" in hint
+    assert f"chmod o+rwX {place}" in hint
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    hint = hint_of(message, Grants(write=(str(place),)))
+    assert hint == f"{place / 'new'} is granted, but its own rights forbid this to the user of the worker"
+    assert hint_of(f"[Errno 2] No such file or directory: '{place / 'new'}'", Grants(write=(str(place),))) is None

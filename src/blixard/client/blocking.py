@@ -46,6 +46,7 @@ class _Portal:
         self._connect = connect
         self._loop = asyncio.new_event_loop()
         self._client: AsyncClient | None = None
+        self._background: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="blixard client", daemon=True)
         self._thread.start()
 
@@ -63,8 +64,18 @@ class _Portal:
         """Do the same from a coroutine of another loop, which stays free; cancelling it cancels the work."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._run(work), self._loop))
 
-    def open(self) -> None:
-        self.call(_nothing)
+    def start(self, work: Callable[[AsyncClient], Coroutine[None, None, None]]) -> asyncio.Task[None]:
+        """Let ``work`` go on by itself until it ends, ``stop`` or ``close``."""
+        return asyncio.run_coroutine_threadsafe(self._start(work), self._loop).result()
+
+    def stop(self, task: asyncio.Task[None]) -> None:
+        """Cancel and await what ``start`` began; tasks of others are left alone."""
+        if task in self._background:
+            asyncio.run_coroutine_threadsafe(_end({task}), self._loop).result()
+
+    def abandon(self) -> None:
+        """Forget a loop whose thread stayed behind in the parent of this process: its unfinished tasks are no news here."""
+        self._loop.set_exception_handler(lambda _loop, _context: None)
 
     def close(self) -> None:
         """Close the client and end the thread."""
@@ -82,7 +93,14 @@ class _Portal:
             self._client = await client.__aenter__()
         return await work(self._client)
 
+    async def _start(self, work: Callable[[AsyncClient], Coroutine[None, None, None]]) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._run(work), name="background")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
     async def _close(self) -> None:
+        await _end(set(self._background))
         client, self._client = self._client, None
         if client is not None:
             await client.__aexit__(None, None, None)
@@ -90,6 +108,12 @@ class _Portal:
 
 async def _nothing(client: AsyncClient) -> None:
     del client
+
+
+async def _end(tasks: set[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _begin_stream(digest: str, client: AsyncClient) -> AsyncIterator[bytes]:
@@ -130,6 +154,7 @@ class Client:
         self._connect = connect
         self._lock = threading.Lock()
         self._portal: _Portal | None = None
+        self._inherited: list[_Portal] = []
 
     def __enter__(self) -> Self:
         self._call(_nothing)
@@ -152,6 +177,17 @@ class Client:
     async def call_async(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> R:
         """Do the same from a coroutine; its event loop stays free meanwhile."""
         return await self._living_portal().call_async(work)
+
+    def start(self, work: Callable[[AsyncClient], Coroutine[None, None, None]]) -> asyncio.Task[None]:
+        """Let something go on in the background until it ends, ``stop`` or ``close``. Its owner reads how it ended."""
+        return self._living_portal().start(work)
+
+    def stop(self, task: asyncio.Task[None]) -> None:
+        """Cancel what ``start`` began and await its end. Allowed twice, after ``close``, and at the interpreter's end."""
+        with self._lock:
+            portal = self._portal
+        if portal is not None and portal.pid == os.getpid():
+            portal.stop(task)
 
     def submit(self, spec: JobSpec, job: NewJob | None = None) -> str:
         return self._call(lambda c: c.submit(spec, job))
@@ -243,7 +279,10 @@ class Client:
     def _living_portal(self) -> _Portal:
         with self._lock:
             if self._portal is None or self._portal.pid != os.getpid():
-                # After a fork the thread is gone and the connections are the parent's: they are left to it untouched.
+                if self._portal is not None:
+                    # After a fork the thread is gone and the connections are the parent's: they are left to it untouched.
+                    self._portal.abandon()
+                    self._inherited.append(self._portal)
                 self._portal = _Portal(self._connect)
                 _at_exit(weakref.WeakMethod(self.close))
             return self._portal

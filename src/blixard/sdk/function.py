@@ -12,9 +12,11 @@ from blixard.domain.spec import JobSpec
 from blixard.sdk.handle import JobHandle
 from blixard.sdk.mapping import Ended, MapStream
 from blixard.sdk.options import JobOptions, OptionArguments
+from blixard.sdk.surroundings import check_not_importing
 from blixard.sdk.values import decode_result, encode_arguments
 
 if TYPE_CHECKING:
+    from blixard.client.blocking import Client
     from blixard.client.contract import AsyncClient
     from blixard.sdk.app import App
 
@@ -50,12 +52,12 @@ class JobFunction(Generic[P, R]):
         Raises ``InvalidRequest`` when the arguments do not serialise or an option is wrong, ``Unavailable`` when the store is.
         """
         data = encode_arguments(self._options.encoding, args, kwargs)
-        return self._handle(self._app.client.call(lambda client: self._store(client, data)))
+        return self._handle(self._client.call(lambda client: self._store(client, data)))
 
     async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
         """Do the same in an event loop."""
         data = encode_arguments(self._options.encoding, args, kwargs)
-        return self._handle(await self._app.client.call_async(lambda client: self._store(client, data)))
+        return self._handle(await self._client.call_async(lambda client: self._store(client, data)))
 
     def map(
         self, inputs: Iterable[object], *, ordered: bool = True, resume: bool = False, return_exceptions: bool = False
@@ -67,21 +69,20 @@ class JobFunction(Generic[P, R]):
         unless ``return_exceptions`` yields errors in place of results. Leaving the loop leaves what was submitted.
         """
         arguments = [encode_arguments(self._options.encoding, (item,), {}) for item in inputs]
-        client = self._app.client
+        client = self._client
         stream = client.call(lambda c: self._begin(c, arguments, resume=resume))
+        submitting = client.start(lambda _: stream.submit())
         try:
-            pages = iter(lambda: client.call(lambda _: stream.next_page()), [])
+            pages = iter(lambda: client.call(lambda c: stream.next_page(c, submitting)), [])
             items = (item for page in pages for item in page)
             for item in _in_order(items) if ordered else items:
                 yield self._value(item, return_exceptions=return_exceptions)
         finally:
-            client.call(lambda _: stream.close())
+            client.stop(submitting)
 
     async def _begin(self, client: AsyncClient, arguments: list[bytes], *, resume: bool) -> MapStream:
         spec = await self._spec(client)
-        stream = MapStream(client, spec, arguments, self._options.priority)
-        await stream.start(resume=resume)
-        return stream
+        return await MapStream.open(client, spec, arguments, self._options.priority, resume=resume)
 
     def _value(self, item: Ended, *, return_exceptions: bool) -> R:
         if item.error is None:
@@ -89,6 +90,11 @@ class JobFunction(Generic[P, R]):
         if return_exceptions:
             return cast("R", item.error)  # the caller asked for errors among the results
         raise item.error
+
+    @property
+    def _client(self) -> Client:
+        check_not_importing(self.__blixard_function__)
+        return self._app.client
 
     def _handle(self, job_id: str) -> JobHandle[R]:
         return JobHandle(self._app.client, job_id, self._options.encoding)

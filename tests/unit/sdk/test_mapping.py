@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
@@ -163,3 +164,31 @@ class TestFull:
     def test_an_error_of_submitting_reaches_the_caller(self, app: App) -> None:
         with pytest.raises(StoreFull, match="the disk is full"):
             list(app.job(jobs.double).map(range(3 * MAX_BATCH_JOBS)))
+
+
+class Stuck(FakeClient):
+    """Takes one request and never answers the next."""
+
+    async def submit_many(self, request: SubmitRequest) -> SubmitReply:
+        if self.requests:
+            await asyncio.Event().wait()
+        return await super().submit_many(request)
+
+
+class TestStuck:
+    @pytest.fixture
+    def client(self, store: Store) -> FakeClient:
+        return Stuck(store, store.run)
+
+    def test_closing_the_app_amid_a_map_is_told(self, app: App) -> None:
+        results = app.job(jobs.double).map(range(3 * MAX_BATCH_JOBS))
+        assert next(results) == 0
+        app.close()
+        with pytest.raises(InvalidRequest, match="closed while its map was under way"):
+            list(results)
+
+    def test_leaving_the_loop_ends_the_submission(self, app: App, store: Store) -> None:
+        for value in app.job(jobs.double).map(range(3 * MAX_BATCH_JOBS)):
+            assert value == 0
+            break
+        assert len(store.jobs) == MAX_BATCH_JOBS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import msgspec
 from blixard.errors import BlixardError, ConfigError, InternalError, OutcomeUnknown, ServerUnreachable
 from blixard.protocol.problems import error_of
 from blixard.protocol.routes import JSON, PROTOCOL_HEADER, PROTOCOL_VERSION, Route
+from blixard.protocol.transport import AiohttpTransport
 from blixard.protocol.workers import Problem
 
 R = TypeVar("R")
@@ -28,9 +30,6 @@ ANSWER_SECONDS = 30.0
 """How long an answer may take beyond what the request itself waits for."""
 RETRY_PAUSES = (0.05, 0.2, 1.0)
 """Seconds before each repetition of a request whose answer was lost."""
-MAX_CONNECTIONS = 100
-KEEP_ALIVE_SECONDS = 30.0
-"""Below the server's 75 s, so that it is hardly ever the server who closes an idle connection."""
 Content = bytes | Callable[[], AsyncIterator[bytes]]
 """A body, or what makes it anew for every try."""
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
@@ -57,26 +56,21 @@ class HttpLink:
         """``transport`` replaces the one that the address calls for, such as a double in tests."""
         _check_url(address.url)
         self._address = address
-        self._transport = transport
+        self._given = transport
+        self._headers = {"Authorization": f"Bearer {address.token}"} if address.token else {}
         self._decoders: dict[str, msgspec.json.Decoder[Any]] = {}  # Any: one decoder per type of reply
-        self._client: httpx.AsyncClient | None = None
-        # httpx searches its whole queue at every turn, so hundreds of calls at once queue here instead.
-        self._turns = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._transport: httpx.AsyncBaseTransport | None = None
 
     async def open(self) -> None:
         """Make the pool; connects with the first call. Allowed twice."""
-        if self._client is None:
-            headers = {"Authorization": f"Bearer {self._address.token}"} if self._address.token else {}
-            transport = self._transport or _transport(self._address)
-            self._client = httpx.AsyncClient(
-                base_url=self._address.url, transport=transport, headers=headers, timeout=_timeout(0.0)
-            )
+        if self._transport is None:
+            self._transport = self._given or _transport(self._address)
 
     async def close(self) -> None:
         """Close all connections. Allowed twice and before ``open``."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            await transport.aclose()
 
     async def call(
         self,
@@ -103,14 +97,16 @@ class HttpLink:
     @asynccontextmanager
     async def stream(self, route: Route[Any, bytes], **parameters: str) -> AsyncIterator[AsyncIterator[bytes]]:
         """Yield the body of a reply piece by piece. Not repeated: the caller may have seen a part of it."""
-        client = self._opened()
         try:
-            async with client.stream(route.method, route.url(**parameters)) as response:
+            response = await self._opened().handle_async_request(self._request(route, route.url(**parameters)))
+            try:
                 self._check_protocol(response)
                 if response.status_code >= 400:
                     await response.aread()
                     raise _error_in(response)
                 yield response.aiter_bytes()
+            finally:
+                await response.aclose()
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
@@ -125,21 +121,15 @@ class HttpLink:
         wait: float,
         repeat: bool,
     ) -> httpx.Response:
-        client = self._opened()
+        transport = self._opened()
         pauses = iter(RETRY_PAUSES if repeat else ())
         was_sent = False
         while True:
-            request = client.build_request(
-                route.method,
-                url,
-                content=content() if callable(content) else content,
-                headers=dict(headers),
-                params=query,  # type: ignore[arg-type]  # to_builtins gives what httpx takes
-                timeout=_timeout(wait),
-            )
+            body = content() if callable(content) else content
+            request = self._request(route, url, body, headers, query, wait=wait)
             try:
-                async with self._turns:
-                    response = await client.send(request)
+                response = await transport.handle_async_request(request)
+                await response.aread()
             except _NOT_SENT as error:
                 raise self._lost(route, error) if was_sent else self._unreachable(error) from error
             except httpx.TransportError as error:
@@ -151,6 +141,25 @@ class HttpLink:
             else:
                 self._check_protocol(response)
                 return response
+
+    def _request(
+        self,
+        route: Route[Any, Any],
+        url: str,
+        content: bytes | AsyncIterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+        query: Mapping[str, object] | None = None,
+        *,
+        wait: float = 0.0,
+    ) -> httpx.Request:
+        return httpx.Request(
+            route.method,
+            self._address.url.rstrip("/") + url,
+            content=content,
+            headers={**self._headers, **(headers or {})},
+            params=query or None,  # type: ignore[arg-type]  # to_builtins gives what httpx takes
+            extensions={"timeout": _timeout(wait)},
+        )
 
     def _decode(self, route: Route[Any, R], response: httpx.Response) -> R:
         if response.status_code >= 400:
@@ -166,10 +175,10 @@ class HttpLink:
             raise InternalError(f"{self._address} answered {route.name} with something unexpected: {error}") from error
         return reply
 
-    def _opened(self) -> httpx.AsyncClient:
-        if self._client is None:
+    def _opened(self) -> httpx.AsyncBaseTransport:
+        if self._transport is None:
             raise InternalError("the client is used outside of its `async with`")
-        return self._client
+        return self._transport
 
     def _check_protocol(self, response: httpx.Response) -> None:
         version = response.headers.get(PROTOCOL_HEADER)
@@ -198,24 +207,16 @@ class HttpLink:
         )
 
 
-def _transport(address: ServerAddress) -> httpx.AsyncHTTPTransport:
-    limits = httpx.Limits(
-        max_connections=MAX_CONNECTIONS,
-        max_keepalive_connections=MAX_CONNECTIONS,
-        keepalive_expiry=KEEP_ALIVE_SECONDS,
-    )
-    socket = None if address.socket is None else str(address.socket)
-    return httpx.AsyncHTTPTransport(verify=_verification(address), limits=limits, uds=socket)
+def _transport(address: ServerAddress) -> AiohttpTransport:
+    return AiohttpTransport(socket=address.socket, verify=_verification(address))
 
 
-def _verification(address: ServerAddress) -> Any:
-    """Return what httpx verifies with (Any: a bool or an SSL context); plain HTTP skips loading certificates, 20 ms."""
+def _verification(address: ServerAddress) -> ssl.SSLContext | bool:
+    """Return what certificates are verified with; plain HTTP skips loading certificates, 20 ms."""
     if not address.url.startswith("https://"):
         return False
     if address.ca_file is None:
         return True
-    import ssl
-
     try:
         return ssl.create_default_context(cafile=str(address.ca_file))
     except (OSError, ssl.SSLError) as error:
@@ -224,8 +225,8 @@ def _verification(address: ServerAddress) -> Any:
         ) from error
 
 
-def _timeout(wait: float) -> httpx.Timeout:
-    return httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS, read=wait + ANSWER_SECONDS)
+def _timeout(wait: float) -> dict[str, float]:
+    return {"connect": CONNECT_SECONDS, "read": wait + ANSWER_SECONDS}
 
 
 def _query(query: msgspec.Struct | None) -> dict[str, object]:

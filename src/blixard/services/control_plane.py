@@ -109,14 +109,15 @@ def build_control_plane(
     signals = Signals(database)
     placement = PlacementService(store.placement, clock)
     why = WhyService(store.jobs, store.sessions, placement, clock)
+    workers = _worker_service(store, placement, logs, signals, clock, config)
     queries = JobQueryService(store.jobs, store.batches, store.sessions, why, signals, clock)
     return ControlPlane(
         database=database,
         blobs=blobs,
         log_store=logs,
-        commands=JobCommandService(store.jobs, store.batches, placement, blobs, clock),
+        commands=JobCommandService(store.jobs, store.batches, placement, blobs, clock, workers.expect),
         queries=queries,
-        workers=_worker_service(store, placement, logs, signals, clock, config),
+        workers=workers,
         tokens=TokenService(store.tokens, clock),
         logs=JobLogService(queries, logs, signals, clock),
         maintenance=_maintenance(store, blobs, logs, signals, clock, config),

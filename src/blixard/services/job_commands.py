@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from blixard.domain.batch import Batch, batch_id, batch_job_id
 from blixard.domain.grants import check_input_path
@@ -39,12 +39,15 @@ class JobCommandService:
         placement: PlacementService,
         blobs: BlobStore,
         clock: Clock,
+        expect: Callable[[int], None],
     ) -> None:
+        """``expect`` is told the placement class of each submission just before it is stored."""
         self._jobs = jobs
         self._batches = batches
         self._placement = placement
         self._blobs = blobs
         self._clock = clock
+        self._expect = expect
 
     async def submit(self, namespace: str, request: SubmitRequest, *, submitter: str = "") -> SubmitReply:
         """Store up to 1,000 jobs of one spec, all or none; on disk when this returns.
@@ -71,6 +74,7 @@ class JobCommandService:
         self, namespace: str, stored: StoredSpec, named: Sequence[tuple[str, NewJob]], request: SubmitRequest
     ) -> list[str]:
         retry = request.spec.retry
+        self._expect(stored.class_id)
         return await self._jobs.add(
             namespace,
             stored,

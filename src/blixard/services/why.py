@@ -101,6 +101,8 @@ def _nobody(needs: PlacementClass, workers: list[WorkerSession]) -> list[Reason]
                 unblock="start one: `blixard serve`, or `blixard worker --server URL`",
             )
         ]
+    if not needs.is_open:  # the others could not take it whatever they offer
+        workers = [w for w in workers if w.offer.submitter == needs.submitter]
     reasons = [
         Reason(
             code="worker_unfit",

@@ -19,6 +19,7 @@ from blixard.domain.worker import Registration
 from blixard.errors import BlixardError, OutcomeUnknown, ServerUnreachable
 from blixard.protocol import routes
 from blixard.protocol.problems import error_of
+from blixard.protocol.transport import AiohttpTransport
 from blixard.protocol.workers import LogBatch, Problem, RegisterReply
 
 ANSWER_SECONDS = 10.0
@@ -49,9 +50,9 @@ class HttpGateway:
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self._where = str(socket or url)
-        transport = httpx.AsyncHTTPTransport(uds=str(socket) if socket else None, verify=verify)
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.AsyncClient(base_url=url, transport=transport, headers=headers, trust_env=False)
+        self._url = url.rstrip("/")
+        self._headers = {"authorization": f"Bearer {token}"} if token else {}
+        self._transport = AiohttpTransport(socket=socket, verify=verify)
 
     async def register(self, registration: Registration) -> RegisterReply:
         answer = await self._call(routes.REGISTER.method, routes.REGISTER.url(), _encoder.encode(registration), _JSON)
@@ -88,7 +89,7 @@ class HttpGateway:
             await asyncio.to_thread(partial.unlink, missing_ok=True)
 
     async def aclose(self) -> None:
-        await self._http.aclose()
+        await self._transport.aclose()
 
     async def _download(self, digest: str, partial: Path) -> str:
         """Write the blob to ``partial`` and return the digest of what came."""
@@ -97,12 +98,15 @@ class HttpGateway:
         try:
             with _explained(self._where):
                 url = routes.GET_BLOB.url(digest=digest)
-                async with self._http.stream(routes.GET_BLOB.method, url, timeout=_timeout(0)) as response:
+                response = await self._transport.handle_async_request(self._request(routes.GET_BLOB.method, url))
+                try:
                     if response.is_error:
                         raise _error_of(response.status_code, await response.aread(), self._where)
                     async for piece in response.aiter_bytes(PIECE_BYTES):
                         found.update(piece)
                         await asyncio.to_thread(file.write, piece)
+                finally:
+                    await response.aclose()
         finally:
             file.close()
         return found.hexdigest()
@@ -111,16 +115,22 @@ class HttpGateway:
         self, method: str, url: str, content: bytes = b"", headers: dict[str, str] | None = None, *, wait: float = 0.0
     ) -> bytes:
         with _explained(self._where):
-            response = await self._http.request(
-                method, url, content=content or None, headers=headers, timeout=_timeout(wait)
-            )
+            response = await self._transport.handle_async_request(self._request(method, url, content, headers, wait))
+            await response.aread()
         if response.is_error:
             raise _error_of(response.status_code, response.content, self._where)
         return response.content
 
-
-def _timeout(wait: float) -> httpx.Timeout:
-    return httpx.Timeout(wait + ANSWER_SECONDS, connect=CONNECT_SECONDS, pool=None)
+    def _request(
+        self, method: str, url: str, content: bytes = b"", headers: dict[str, str] | None = None, wait: float = 0.0
+    ) -> httpx.Request:
+        return httpx.Request(
+            method,
+            self._url + url,
+            content=content or None,
+            headers={**self._headers, **(headers or {})},
+            extensions={"timeout": {"connect": CONNECT_SECONDS, "read": wait + ANSWER_SECONDS}},
+        )
 
 
 @contextlib.contextmanager
@@ -129,8 +139,7 @@ def _explained(where: str) -> Iterator[None]:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise ServerUnreachable(f"no server answers at {where}: {error}", hint="is `blixard serve` running?") from error
-    except (httpx.TransportError, httpx.StreamError, RuntimeError) as error:
-        # RuntimeError: httpx's word for a client that was closed under a call.
+    except (httpx.TransportError, httpx.StreamError) as error:
         raise OutcomeUnknown(f"the connection to {where} broke: {error or type(error).__name__}") from error
 
 

@@ -73,7 +73,7 @@ def run_worker(config: WorkerProgramConfig) -> int:
 
     settings = Settings.model_validate(msgspec.json.decode(config.settings))
     logging.basicConfig(level=settings.log.level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it names every request at level info
+
     factory = ProductionInfrastructureFactory(settings)
     try:
         _run_loop(config, factory)

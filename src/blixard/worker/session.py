@@ -33,6 +33,8 @@ MAX_REPORT_BYTES = 8 * MIB
 """Results and errors in one sync; the server takes requests of 16 MiB. The rest goes with the next."""
 REPORT_OVERHEAD = 256
 PARK_PAUSE_SECONDS = 0.1
+PARK_DELAY_SECONDS = 0.003
+"""Between taking jobs and parking the next sync: short jobs end before, and their report asks for more by itself."""
 GOODBYE_SECONDS = 3.0
 """How long a killed worker tries to deliver its last reports."""
 logger = logging.getLogger(__name__)
@@ -147,6 +149,8 @@ class Session:
         self._wanted -= request.want
         if reply.claimed:
             self._take_all(reply.claimed, reply.specs)
+            if self._pause is None:
+                self._pause = asyncio.get_running_loop().call_later(PARK_DELAY_SECONDS, self._end_pause)
         for ref in reply.lost:
             if ref in self._held:
                 self._lose(self._held[ref])

@@ -25,7 +25,7 @@ from blixard.domain.payload import CommandPayload, FunctionPayload, Payload, Scr
 from blixard.domain.requirements import Isolation, JobRequirements
 from blixard.domain.spec import JobSpec
 from blixard.domain.state_machine import JobState
-from blixard.errors import JobNotFound, StoreUnavailable, WaitTimedOut, WorkerError
+from blixard.errors import JobNotFound, NotSupportedHere, StoreUnavailable, WaitTimedOut, WorkerError
 from tests.integration.embedded_program import settings_for
 
 DEADLINE = 60.0
@@ -172,6 +172,19 @@ async def test_a_worker_that_cannot_start_is_an_error_with_its_words(settings: S
         scratch.write_text("a file where a directory must be")
         with pytest.raises(WorkerError, match="scratch"):
             await client.result(job, timeout=DEADLINE)
+
+
+async def test_a_job_that_the_own_worker_can_never_run_is_an_error_and_not_a_wait_for_ever(settings: Settings) -> None:
+    """Such as one at isolation standard on a host without user namespaces: here, a label that no worker has."""
+    needs = JobRequirements(isolation=Isolation.MINIMAL, labels={"zone": "moon"})
+    async with EmbeddedClient(settings) as client:
+        job = await client.submit(spec(CommandPayload(argv=("true",)), requirements=needs))
+        for waiting in (client.result(job, timeout=DEADLINE), client.wait([job], wait=DEADLINE)):
+            with pytest.raises(NotSupportedHere, match="it lacks the label zone=moon") as caught:
+                await waiting
+        assert job in caught.value.message
+        assert "doctor" in (caught.value.hint or "")
+        assert (await client.job(job)).state is JobState.PENDING, "nothing is lost"
 
 
 async def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:

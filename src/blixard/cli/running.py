@@ -13,7 +13,7 @@ from blixard.client.contract import AsyncClient
 from blixard.client.endings import describe_end, is_cancelled
 from blixard.domain.outcome import OutcomeKind
 from blixard.domain.state_machine import JobState
-from blixard.errors import Conflict
+from blixard.errors import Conflict, NotSupportedHere
 from blixard.protocol.jobs import JobResult, LogEntry
 
 PATIENCE_SECONDS = 8.0
@@ -42,8 +42,8 @@ class RunningJob:
                 note(f"cancelling {self._job_id}; once more leaves at once")
                 await self._cancel()
             result = await ending
-        except (ReaderGone, OSError):
-            # Nobody can read the output any more: end as a program in a pipe does, and the job with it.
+        except (ReaderGone, OSError, NotSupportedHere):
+            # Nobody can read the output any more, or no worker of ours can run it: nobody will ask for the job again.
             await self._cancel()
             raise
         finally:

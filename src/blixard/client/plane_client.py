@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
@@ -13,6 +13,7 @@ from blixard.domain.job import NewJob
 from blixard.domain.limits import KIB, MAX_WAIT_SECONDS
 from blixard.domain.requirements import Isolation
 from blixard.domain.spec import JobSpec
+from blixard.domain.state_machine import JobState
 from blixard.errors import JobNotFound, NotSupportedHere, WaitTimedOut
 from blixard.protocol.jobs import (
     BatchResults,
@@ -37,6 +38,8 @@ from blixard.services.control_plane import ControlPlane
 from blixard.services.health import check_store
 
 READ_BYTES = 256 * KIB
+FIT_SECONDS = 2.0
+"""After so long without an end, ask whether the own worker can run the job at all: nobody else would ever take it."""
 R = TypeVar("R")
 
 
@@ -72,6 +75,7 @@ class PlaneClient:
         self._namespace = namespace
         self._submitter = submitter
         self._attendant = attendant or Bystander()
+        self._runs_own_jobs = attendant is not None
 
     async def __aenter__(self) -> Self:
         return self
@@ -106,7 +110,11 @@ class PlaneClient:
                 self._namespace, batch_id, after=after, limit=limit, wait=seconds
             )
 
-        return await self._look(look, lambda found: bool(found.results) or found.done, wait)
+        async def pending() -> str | None:
+            where = JobFilter(batch=batch_id, states=(JobState.PENDING,))
+            return next((job.id for job in (await self.jobs(where, limit=1)).jobs), None)
+
+        return await self._look(look, lambda found: bool(found.results) or found.done, wait, pending)
 
     async def cancel_batch(self, batch_id: str) -> int:
         return await self._plane.commands.cancel_batch(self._namespace, batch_id)
@@ -121,10 +129,13 @@ class PlaneClient:
         async def look(seconds: float) -> WaitReply:
             return await self._plane.queries.wait(self._namespace, ids, wait=seconds)
 
+        async def first() -> str | None:
+            return next(iter(ids), None)
+
         deadline = time.monotonic() + wait
         while True:
             left = max(0.0, min(deadline - time.monotonic(), MAX_WAIT_SECONDS)) if wait > 0 else wait
-            reply = await self._look(look, lambda found: bool(found.ended or found.unknown), left)
+            reply = await self._look(look, lambda found: bool(found.ended or found.unknown), left, first)
             if reply.ended or reply.unknown or time.monotonic() >= deadline:
                 return reply
 
@@ -203,10 +214,35 @@ class PlaneClient:
         return await self._plane.maintenance.prune_now()
 
     async def _look(
-        self, look: Callable[[float], Coroutine[None, None, R]], is_enough: Callable[[R], bool], wait: float
+        self,
+        look: Callable[[float], Coroutine[None, None, R]],
+        is_enough: Callable[[R], bool],
+        wait: float,
+        waited_for: Callable[[], Awaitable[str | None]] | None = None,
     ) -> R:
-        """Look at once; only if that is not enough, wait, with the jobs attended to."""
+        """Look at once; only if that is not enough, wait, with the jobs attended to.
+
+        ``waited_for`` names a job that must be able to run here: raises ``NotSupportedHere`` if it cannot.
+        """
         found = await look(min(wait, 0.0))
         if is_enough(found) or wait <= 0:
             return found
-        return await self._attendant.attend(look(min(wait, MAX_WAIT_SECONDS)))
+        wait = min(wait, MAX_WAIT_SECONDS)
+        if self._runs_own_jobs and waited_for is not None:
+            found = await self._attendant.attend(look(min(wait, FIT_SECONDS)))
+            wait -= FIT_SECONDS
+            if is_enough(found) or wait <= 0:
+                return found
+            if (job_id := await waited_for()) is not None:
+                _check_fit(await self.why(job_id))
+        return await self._attendant.attend(look(wait))
+
+
+def _check_fit(view: WhyView) -> None:
+    if not any(reason.code == "no_fitting_worker" for reason in view.reasons):
+        return
+    unfit = "; ".join(reason.text for reason in view.reasons if reason.code == "worker_unfit")
+    raise NotSupportedHere(
+        f"job {view.id} cannot run here: {unfit or view.summary}",
+        hint="`blixard doctor` says what this machine lacks; change what the job asks for, or submit it to a server",
+    )

@@ -66,9 +66,27 @@ def note(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON document: readable on a terminal, on one line elsewhere."""
-    text = msgspec.json.encode(value)
+    """Print one JSON document with every field: readable on a terminal, on one line elsewhere."""
+    text = msgspec.json.encode(complete(value))
     write_out((msgspec.json.format(text, indent=2) if sys.stdout.isatty() else text) + b"\n")
+
+
+def complete(value: object) -> object:
+    """Return ``value`` with its structs as dictionaries of all their fields: on the wire those at their defaults are left out."""
+    if isinstance(value, msgspec.Struct) and not value.__struct_config__.array_like:
+        return fields_of(value)
+    if isinstance(value, dict):
+        return {key: complete(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [complete(item) for item in value]
+    return value
+
+
+def fields_of(value: msgspec.Struct) -> dict[str, object]:
+    """Return all fields of a struct, and its tag, as JSON names them."""
+    config = value.__struct_config__
+    tag: dict[str, object] = {config.tag_field: config.tag} if config.tag_field else {}
+    return tag | {field.encode_name: complete(getattr(value, field.name)) for field in msgspec.structs.fields(value)}
 
 
 def print_table(

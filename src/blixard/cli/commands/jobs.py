@@ -7,14 +7,13 @@ import datetime as dt
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
-import msgspec
 import typer
 
 from blixard.cli.completion import complete_job_ids
 from blixard.cli.follow import LogFollower
 from blixard.cli.invocation import Invocation
 from blixard.cli.job_view import describe_job, job_row, list_columns
-from blixard.cli.output import note, print_json, print_line, print_table, write_error, write_out
+from blixard.cli.output import fields_of, note, print_json, print_line, print_table, write_error, write_out
 from blixard.cli.quantities import read_moment
 from blixard.cli.root import PLAIN, examples
 from blixard.cli.signals import catch_signals
@@ -118,16 +117,12 @@ def job(ctx: typer.Context, job_id: Id, as_json: Json = False) -> int:
         detail = await client.job(found)
         events = await client.events(found)
         if as_json:
-            print_json({**_as_object(detail), "events": events})
+            print_json({**fields_of(detail), "events": events})
         else:
             print_line(describe_job(detail, events))
         return 0
 
     return invocation.call(work)
-
-
-def _as_object(detail: JobDetail) -> dict[str, object]:
-    return msgspec.json.decode(msgspec.json.encode(detail), type=dict[str, object])
 
 
 @app.command(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import uvloop
 
 from blixard.domain.ids import DEFAULT_NAMESPACE
 from blixard.domain.requirements import WorkerType
@@ -85,7 +86,7 @@ def run_worker(config: WorkerProgramConfig) -> int:
 
 def _run_loop(config: WorkerProgramConfig, factory: InfrastructureFactory) -> None:
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(work(config, factory))
+        uvloop.run(work(config, factory))
 
 
 async def work(config: WorkerProgramConfig, factory: InfrastructureFactory) -> None:

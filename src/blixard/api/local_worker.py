@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Sequence
 
 import msgspec
 import structlog
 
+from blixard.worker.child import COMMAND
 from blixard.worker.program import WorkerProgramConfig
 
-COMMAND = (sys.executable, "-m", "blixard.worker.program")
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 HEALTHY_SECONDS = 60.0

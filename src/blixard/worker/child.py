@@ -22,6 +22,8 @@ RESTART_PAUSE_SECONDS = 0.2
 STDERR_BYTES = 8192
 STDERR_SECONDS = 1.0
 """How long after the child's end its last words may take: jobs that outlive it for a moment hold the same pipe."""
+COMMAND = (sys.executable, "-P", "-m", "blixard.worker.program")
+"""-P: what lies in the current directory must not be taken for our modules."""
 R = TypeVar("R")
 
 
@@ -108,10 +110,9 @@ class ChildWorker:
 
     async def _run_child(self) -> int:
         self._last_words = b""
-        # -P: what lies in the current directory must not be taken for our modules.
         # A session of its own: Ctrl-C in the terminal is for the parent, who decides what becomes of the worker.
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "blixard.worker.program"),
+            *COMMAND,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,

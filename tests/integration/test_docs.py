@@ -20,11 +20,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+import blixard
 from blixard.config import AppConfig
 from blixard.domain import limits
+from blixard.domain.payload import Encoding
+from blixard.sdk.options import OptionArguments
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -210,3 +214,17 @@ def test_the_command_line_reference_is_up_to_date() -> None:
     program = [sys.executable, str(ROOT / "scripts/cli-reference")]
     text = subprocess.run(program, capture_output=True, text=True, check=True, timeout=DEADLINE).stdout
     assert (ROOT / "docs/reference/cli.md").read_text() == text, "run `make reference`"
+
+
+def test_the_python_reference_names_everything() -> None:
+    page = (ROOT / "docs/reference/sdk.md").read_text()
+    members = [name for cls in (blixard.App, blixard.JobFunction, blixard.JobHandle) for name in vars(cls)]
+    wanted = {*blixard.__all__, *get_type_hints(OptionArguments), *members, *Encoding}
+    internal = {"bundler", "upload"}  # of the app, for its functions
+    assert [name for name in sorted(wanted - internal) if name[0] != "_" and not re.search(rf"\b{name}\b", page)] == []
+
+
+def test_every_option_of_the_python_reference_has_its_default() -> None:
+    page = (ROOT / "docs/reference/sdk.md").read_text()
+    rows = set(re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| ", page, re.MULTILINE))
+    assert rows == set(get_type_hints(OptionArguments))

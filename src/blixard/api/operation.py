@@ -79,6 +79,11 @@ class Call(Generic[Q]):
     def namespace(self) -> str:
         return self.access.namespace
 
+    @property
+    def token(self) -> str:
+        """The id of the caller's token; empty where none was needed."""
+        return self.access.token_id or ""
+
     def query_as(self, kind: type[P]) -> P:
         assert isinstance(self.query, kind)
         return self.query

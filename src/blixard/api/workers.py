@@ -15,7 +15,7 @@ from blixard.protocol.workers import LogBatch, RegisterReply, WorkerView
 
 
 async def register(call: Call[Registration]) -> RegisterReply:
-    return await call.plane.workers.register(call.namespace, call.body)
+    return await call.plane.workers.register(call.namespace, call.body, token=call.token)
 
 
 async def sync(call: Call[SyncRequest]) -> SyncReply:
@@ -25,7 +25,7 @@ async def sync(call: Call[SyncRequest]) -> SyncReply:
 
     def run(seconds: float) -> Awaitable[SyncReply]:
         again = request if seconds == request.wait else msgspec.structs.replace(request, wait=seconds)
-        return call.plane.workers.sync(call.namespace, again)
+        return call.plane.workers.sync(call.namespace, again, token=call.token)
 
     reply = await call.wait(run, request.wait)
     call.context.metrics.count_sync(claimed=len(reply.claimed), finished=len(request.finished))
@@ -33,11 +33,11 @@ async def sync(call: Call[SyncRequest]) -> SyncReply:
 
 
 async def append_logs(call: Call[list[LogBatch]]) -> None:
-    await call.plane.workers.append_logs(call.namespace, call.parameters["session"], call.body)
+    await call.plane.workers.append_logs(call.namespace, call.parameters["session"], call.body, token=call.token)
 
 
 async def goodbye(call: Call[None]) -> None:
-    await call.plane.workers.close(call.namespace, call.parameters["session"])
+    await call.plane.workers.close(call.namespace, call.parameters["session"], token=call.token)
 
 
 async def list_workers(call: Call[None]) -> list[WorkerView]:

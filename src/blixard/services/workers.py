@@ -10,7 +10,7 @@ from blixard.domain.ids import check_id, new_id
 from blixard.domain.lease import AttemptRef, ClaimedJob, FinishedAttempt, SyncReply, SyncRequest
 from blixard.domain.limits import MAX_CLAIM
 from blixard.domain.outcome import OutcomeKind
-from blixard.domain.worker import Registration, SessionState, WorkerSession
+from blixard.domain.worker import Registration, SessionState
 from blixard.errors import InvalidRequest, LeaseLost, LimitExceeded, SessionExpired, WorkerNotFound
 from blixard.protocol.workers import LogBatch, RegisterReply, WorkerView
 from blixard.services.clock import Clock
@@ -21,7 +21,7 @@ from blixard.services.views import worker_view
 from blixard.storage.locks import boot_id
 from blixard.storage.logs import LogAppend, LogStore
 from blixard.storage.repositories.leases import LeaseRepository
-from blixard.storage.repositories.sessions import SessionRepository
+from blixard.storage.repositories.sessions import SessionRepository, StoredSession
 
 MAX_FINISHED = 10_000
 MAX_HOLDING = 20_000
@@ -34,9 +34,10 @@ RETRYABLE = frozenset({OutcomeKind.FAILED, OutcomeKind.TIMED_OUT})
 class Life:
     """What this process remembers of a living session: all of it can be read again from the store."""
 
-    def __init__(self, session: WorkerSession, last_number: int) -> None:
-        self.session = session
-        self.last_number = last_number
+    def __init__(self, stored: StoredSession) -> None:
+        self.session = stored.session
+        self.last_number = stored.last_number
+        self.owner = (stored.namespace, stored.token)
         self.is_remembered = False
         """False before the first sync here: a server that died may have served the same number without noting it."""
         self.renewed_at = float("-inf")
@@ -73,23 +74,27 @@ class WorkerService:
         self._host = boot_id()
         self._lives: dict[str, Life] = {}
 
-    async def register(self, namespace: str, registration: Registration) -> RegisterReply:
-        """Begin a session. Repeating it with the same ``session`` is the same session. Raises ``InvalidRequest``."""
+    async def register(self, namespace: str, registration: Registration, *, token: str = "") -> RegisterReply:
+        """Begin a session. Repeating it with the same ``session`` is the same session. Raises ``InvalidRequest``.
+
+        ``token`` is the id of the caller's token (empty: none was needed). Only calls with the same one can speak for the session;
+        to all others it does not exist.
+        """
         _check_registration(registration)
         session = registration.session or new_id("session")
-        await self._sessions.add(namespace, session, registration, self._clock.now())
+        await self._sessions.add(namespace, session, registration, self._clock.now(), token=token)
         same_machine = self._lock_directory is not None and registration.host == self._host != ""
         lock_path = str(self._lock_directory / f"{session}.lock") if same_machine and self._lock_directory else None
         return RegisterReply(session=session, lease_seconds=self._lease_seconds, lock_path=lock_path)
 
-    async def sync(self, namespace: str, request: SyncRequest) -> SyncReply:
+    async def sync(self, namespace: str, request: SyncRequest, *, token: str = "") -> SyncReply:
         """Store what the worker reports, renew its leases, hand it new ones; see ``SyncRequest`` for what it may rely on.
 
         Parked for up to ``wait`` seconds when there is nothing to say; a newer sync of the session ends the parked one.
         Raises ``SessionExpired`` when the session is not alive: nothing that it reports is stored then.
         """
         _check_sync(request, self._lease_seconds)
-        life = await self._life(namespace, request.session)
+        life = await self._life(namespace, request.session, token)
         life.waiting += 1
         life.poke.set()
         try:
@@ -114,14 +119,16 @@ class WorkerService:
                 self._signals.wake()
                 return
 
-    async def _life(self, namespace: str, session: str) -> Life:
+    async def _life(self, namespace: str, session: str, token: str) -> Life:
         life = self._lives.get(session)
         if life is None:
             stored = await self._sessions.find(session)
-            if stored is None or stored.namespace != namespace:
+            if stored is None:
                 raise _expired(session)
-            life = self._lives.setdefault(session, Life(stored.session, stored.last_number))
-        return life
+            life = Life(stored)
+        if life.owner != (namespace, token):
+            raise _expired(session)
+        return self._lives.setdefault(session, life)
 
     async def _serve(self, namespace: str, request: SyncRequest, life: Life) -> SyncReply:
         is_old = request.number < life.last_number
@@ -257,9 +264,9 @@ class WorkerService:
                 return [], cancelled, drain
             await self._signals.changed(generation, left, life.poke)
 
-    async def append_logs(self, namespace: str, session: str, batches: list[LogBatch]) -> None:
+    async def append_logs(self, namespace: str, session: str, batches: list[LogBatch], *, token: str = "") -> None:
         """Keep output of attempts that the session holds. Repeating it is harmless. Raises ``SessionExpired``, ``LeaseLost``."""
-        await self._life(namespace, session)
+        await self._life(namespace, session, token)
         held = await self._leases.held_by(session)
         stale = [batch.ref for batch in batches if batch.ref not in held]
         appends = [_append(batch) for batch in batches if batch.ref in held]
@@ -267,11 +274,13 @@ class WorkerService:
         if stale:
             raise LeaseLost(f"attempt {stale[0].attempt} of job {stale[0].job_id!r} is not held by this worker")
 
-    async def close(self, namespace: str, session: str) -> None:
+    async def close(self, namespace: str, session: str, *, token: str = "") -> None:
         """End a session; what it still holds goes to others. Repeating it is harmless."""
-        if await self._sessions.close(namespace, session, self._clock.now()):
+        if await self._sessions.close(namespace, session, self._clock.now(), token=token):
             await self._lose_all(session, "the worker ended and left this attempt behind")
-        if life := self._lives.pop(session, None):
+        life = self._lives.get(session)
+        if life is not None and life.owner == (namespace, token):
+            del self._lives[session]
             life.poke.set()
 
     async def _lose_all(self, session: str, message: str) -> None:

@@ -104,7 +104,7 @@ class Store:
             submitter="",
         )
         self.run("add_spec", digest="x", class_id=1, name="n", body='{"tags":[]}')
-        self.run("add_session", id="s", name="w", offer="{}", host="", pid=1, interpreter="")
+        self.run("add_session", id="s", name="w", offer="{}", host="", pid=1, interpreter="", token="")
         for first in range(0, count, 1000):
             jobs = [
                 [f"job_{n:08d}", 0, 5 if n % 10 == 0 else 10**15, [[n], {}], None, None, None]

@@ -89,6 +89,25 @@ async def test_no_worker_can_report_what_another_claimed(plane: ControlPlane, wo
     assert (await plane.queries.find_by_id(NAMESPACE, job_id)).state is JobState.CLAIMED
 
 
+async def test_only_the_token_that_registered_a_session_can_speak_for_it(plane: ControlPlane) -> None:
+    worker = ScriptedWorker(plane, "session_of_a_token")
+    worker.token = "token_a"
+    await worker.register()
+    (job_id,) = await submit(plane)
+    ref = await worker.claim_one()
+    for owner, token in ((NAMESPACE, "token_b"), (NAMESPACE, ""), ("other", "token_a")):
+        report = worker.request(finished=[FinishedAttempt(ref=ref, outcome=completed())])
+        with pytest.raises(SessionExpired):
+            await plane.workers.sync(owner, report, token=token)
+        with pytest.raises(SessionExpired):
+            await plane.workers.append_logs(owner, worker.session, [LogBatch(ref=ref, offset=0)], token=token)
+        await plane.workers.close(owner, worker.session, token=token)
+    await worker.register(name="a repetition by the owner")
+    assert (await plane.queries.find_by_id(NAMESPACE, job_id)).state is JobState.CLAIMED
+    await worker.finish(ref)
+    assert (await plane.queries.find_by_id(NAMESPACE, job_id)).state is JobState.COMPLETED
+
+
 async def test_a_lease_that_the_worker_does_not_list_is_taken_back(plane: ControlPlane, worker: ScriptedWorker) -> None:
     kept_id, dropped_id = await submit(plane, 2)
     kept, dropped = [c.ref for c in await worker.claim(want=2)]

@@ -49,10 +49,11 @@ class ScriptedWorker:
         self.session = session
         self.offer = offer
         self.number = 0
+        self.token = ""
 
     async def register(self, **fields: object) -> None:
         registration = Registration(name=f"worker-{self.session}", offer=self.offer, session=self.session)
-        await self.plane.workers.register(NAMESPACE, msgspec.structs.replace(registration, **fields))
+        await self.plane.workers.register(NAMESPACE, msgspec.structs.replace(registration, **fields), token=self.token)
 
     def request(self, **fields: object) -> SyncRequest:
         self.number += 1
@@ -60,7 +61,7 @@ class ScriptedWorker:
         return msgspec.structs.replace(base, **fields)
 
     async def sync(self, **fields: object) -> SyncReply:
-        return await self.plane.workers.sync(NAMESPACE, self.request(**fields))
+        return await self.plane.workers.sync(NAMESPACE, self.request(**fields), token=self.token)
 
     async def claim(self, want: int = 1, wait: float = 0.0) -> list[ClaimedJob]:
         return (await self.sync(want=want, wait=wait)).claimed

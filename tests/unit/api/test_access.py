@@ -9,7 +9,7 @@ import pytest
 
 from blixard.protocol.routes import PREFIX, ROUTES
 from blixard.protocol.workers import Scope
-from tests.unit.api.harness import Api, open_api
+from tests.unit.api.harness import OFFER, Api, open_api
 
 DIGEST = "0" * 64
 
@@ -37,6 +37,19 @@ async def test_a_worker_s_token_can_only_do_a_worker_s_work(api: Api) -> None:
     open_to_workers = {route.name for route in ROUTES if Scope.WORKER in route.scopes}
 
     assert open_to_workers == {"register", "sync", "worker_logs", "goodbye", "put_blob", "get_blob", "head_blob"}
+
+
+async def test_a_worker_s_token_cannot_speak_for_another_one_s_session(api: Api) -> None:
+    mine, yours = await api.token("worker"), await api.token("worker")
+    body = {"name": "w", "offer": OFFER, "session": "mine"}
+    assert (await api.client.post("/workers", json=body, headers=mine)).status_code == 201
+    sync = {"session": "mine", "number": 1}
+    for headers, status in ((yours, 410), (mine, 200)):
+        answer = await api.client.post("/workers/mine/sync", json=sync, headers=headers)
+        assert answer.status_code == status, answer.text
+    await api.client.delete("/workers/mine", headers=yours)
+    again = await api.client.post("/workers/mine/sync", json={**sync, "number": 2}, headers=mine)
+    assert again.status_code == 200, "a stranger's good-bye changes nothing"
 
 
 async def test_loopback_is_open_until_the_first_token_and_closed_for_good_afterwards(api: Api) -> None:

@@ -23,11 +23,12 @@ class Watched(msgspec.Struct, frozen=True):
 
 
 class StoredSession(msgspec.Struct, frozen=True):
-    """A session with its namespace and the highest number of its syncs."""
+    """A session with its namespace, the highest number of its syncs, and the id of the token that registered it."""
 
     namespace: str
     session: WorkerSession
     last_number: int
+    token: str
 
 
 def _stored_of(row: Row) -> StoredSession:
@@ -42,9 +43,9 @@ def _stored_of(row: Row) -> StoredSession:
         registered_at=number(row[8]),
         seen_at=number(row[9]),
         renewals=number(row[10]),
-        leased=number(row[12]) if len(row) > 12 else 0,
+        leased=number(row[13]) if len(row) > 13 else 0,
     )
-    return StoredSession(text(row[1]), session, number(row[11]))
+    return StoredSession(text(row[1]), session, number(row[11]), text(row[12]))
 
 
 class SessionRepository:
@@ -52,7 +53,7 @@ class SessionRepository:
         self._database = database
         self._sql = statements
 
-    async def add(self, namespace: str, session: str, registration: Registration, now: int) -> None:
+    async def add(self, namespace: str, session: str, registration: Registration, now: int, *, token: str) -> None:
         """Register a session; a repetition changes nothing."""
         params: Params = {
             "id": session,
@@ -63,6 +64,7 @@ class SessionRepository:
             "pid": registration.pid,
             "interpreter": registration.interpreter,
             "now": now,
+            "token": token,
         }
         await self._database.write(self._sql["add_session"], params)
 
@@ -94,6 +96,6 @@ class SessionRepository:
         params: Params = {"id": session, "renewals": renewals, "now": now}
         return bool(await self._database.write(self._sql["expire_session"], params))
 
-    async def close(self, namespace: str, session: str, now: int) -> bool:
-        params: Params = {"namespace": namespace, "id": session, "now": now}
+    async def close(self, namespace: str, session: str, now: int, *, token: str) -> bool:
+        params: Params = {"namespace": namespace, "id": session, "now": now, "token": token}
         return bool(await self._database.write(self._sql["close_session"], params))

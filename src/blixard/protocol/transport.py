@@ -8,9 +8,11 @@ the number of calls under way. What an error means for the request is kept exact
 from __future__ import annotations
 
 import contextlib
+import io
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import aiohttp
 import httpx
@@ -19,6 +21,7 @@ MAX_CONNECTIONS = 100
 KEEP_ALIVE_SECONDS = 30.0
 """Below the server's 75 s, so that it is hardly ever the server who closes an idle connection."""
 CHUNK_BYTES = 64 * 1024
+PIECE_BYTES = 512 * 1024
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
@@ -86,9 +89,10 @@ class _Answer(httpx.AsyncByteStream):
         self._answer.release()
 
 
-def _body_of(request: httpx.Request) -> bytes | AsyncIterator[bytes] | None:
+def _body_of(request: httpx.Request) -> bytes | BinaryIO | AsyncIterator[bytes] | None:
     try:
-        return request.content or None
+        # aiohttp writes bytes in one go and warns of large ones; a file it writes piece by piece.
+        return io.BytesIO(request.content) if len(request.content) > PIECE_BYTES else request.content or None
     except httpx.RequestNotRead:
         stream = request.stream
         assert isinstance(stream, httpx.AsyncByteStream)  # what an asynchronous caller gives

@@ -110,7 +110,7 @@ class WorkerSettings(Section):
         default=0, description="Memory that its jobs may ask for together; 0 means all of the machine."
     )
     prefetch: Annotated[int, Whole(0, 1000)] = Field(
-        default=200, description="Jobs claimed ahead of free slots, so that short jobs do not wait for the server."
+        default=800, description="Jobs claimed ahead of free slots, so that short jobs do not wait for the server."
     )
     grace: Annotated[float, Duration(0, 60 * MINUTE)] = Field(
         default=5.0, description="Time between SIGTERM and SIGKILL for a job that is cancelled or timed out."

@@ -6,7 +6,7 @@ import msgspec
 
 from blixard.domain.worker import WorkerOffer
 
-DEFAULT_PREFETCH = 200
+DEFAULT_PREFETCH = 800
 DEFAULT_GRACE_SECONDS = 10.0
 
 

@@ -45,7 +45,10 @@ def executions(directory: Path, count: int) -> list[Execution]:
         requirements=JobRequirements(isolation=Isolation.MINIMAL),
     )
     blobs = {"b" * 64: directory}
-    return [Execution(ref=AttemptRef("default", f"job_{i}", 1), spec=spec, arguments=b"[[],{}]", blobs=blobs) for i in range(count)]
+    return [
+        Execution(ref=AttemptRef("default", f"job_{i}", 1), spec=spec, arguments=b"[[],{}]", blobs=blobs)
+        for i in range(count)
+    ]
 
 
 async def drain(backend: ProcessBackend, jobs: list[Execution]) -> None:
@@ -93,7 +96,9 @@ async def measure_throughput(backend: ProcessBackend, jobs: list[Execution]) -> 
     seconds, cpu, children = time.perf_counter() - begun, time.process_time() - cpu, cpu_of_children() - children
     per_job = 1e6 / len(jobs)
     print(f"{len(jobs)} no-op jobs, {SLOTS} slots: {len(jobs) / seconds:,.0f} jobs/s")
-    print(f"CPU per job: backend {cpu * per_job:.1f} µs, executors {children * per_job:.1f} µs (load {os.getloadavg()[0]:.1f})")
+    print(
+        f"CPU per job: backend {cpu * per_job:.1f} µs, executors {children * per_job:.1f} µs (load {os.getloadavg()[0]:.1f})"
+    )
 
 
 async def measure_latency(backend: ProcessBackend, jobs: list[Execution]) -> None:
@@ -103,7 +108,9 @@ async def measure_latency(backend: ProcessBackend, jobs: list[Execution]) -> Non
         begun = time.perf_counter()
         check(await backend.execute(job, deaf))
         times.append((time.perf_counter() - begun) * 1e3)
-    print(f"one warm job alone: p50 {statistics.median(times):.3f} ms, p99 {statistics.quantiles(times, n=100)[98]:.3f} ms")
+    print(
+        f"one warm job alone: p50 {statistics.median(times):.3f} ms, p99 {statistics.quantiles(times, n=100)[98]:.3f} ms"
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -33,6 +35,7 @@ class Place:
         self.data = directory / "data"
         self.directory = directory / "programs"
         self.directory.mkdir()
+        self._started: list[subprocess.Popen[str]] = []
         self.environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(directory),
@@ -46,7 +49,7 @@ class Place:
         return path
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             words,
             cwd=self.directory,
             env=self.environment,
@@ -55,6 +58,15 @@ class Place:
             text=True,
             start_new_session=True,
         )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what a failed test has left running."""
+        for process in self._started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=DEADLINE)
 
     def run(self, *words: str) -> str:
         """Run to the end; return what it printed. It must end well, say nothing else and leave no process of its group."""
@@ -91,8 +103,10 @@ def processes_with(words: str) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    place.end()
 
 
 def test_a_function_of_the_script_itself(place: Place) -> None:
@@ -284,12 +298,16 @@ def test_ctrl_c_while_waiting_is_a_keyboard_interrupt_and_nothing_more(place: Pl
     process = place.start("python", "program.py")
     assert process.stdout is not None
     job_id = process.stdout.readline().strip()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=DEADLINE)
-    assert (process.returncode, err) == (0, "")
-    assert out.startswith("interrupted ")
     app = App("shop", data_dir=place.data)
     try:
+        deadline = time.monotonic() + DEADLINE
+        while app.handle(job_id).state() is not JobState.IN_PROGRESS:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)  # nothing rings for another process's job
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=DEADLINE)
+        assert (process.returncode, err) == (0, "")
+        assert out.startswith("interrupted ")
         assert app.handle(job_id).state() in {JobState.PENDING, JobState.CLAIMED, JobState.IN_PROGRESS}
     finally:
         app.close()

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-import uvloop
-
 from blixard.client.contract import AsyncClient
 from blixard.domain.job import NewJob
 from blixard.domain.spec import JobSpec
@@ -46,7 +44,7 @@ class _Portal:
     def __init__(self, connect: Callable[[], AsyncClient]) -> None:
         self.pid = os.getpid()
         self._connect = connect
-        self._loop = uvloop.new_event_loop()
+        self._loop = asyncio.new_event_loop()
         self._client: AsyncClient | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="blixard client", daemon=True)

@@ -51,7 +51,8 @@ class ServerSettings(Section):
         default="", description="Token sent to server.url. Short form: BLIXARD_TOKEN.", repr=False
     )
     shutdown_grace: Annotated[float, Duration(0, 60 * MINUTE)] = Field(
-        default=10.0, description="How long a stopping server or worker lets running jobs go on before it gives them back."
+        default=10.0,
+        description="How long a stopping server or worker lets running jobs go on before it gives them back.",
     )
     request_limit: Annotated[int, Size(2 * MIB, GIB)] = Field(
         default=16 * MIB, description="Largest body of one request that the server accepts."

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from blixard.backends.slots import Slots
 from blixard.domain.grants import InputFile
 from blixard.domain.lease import AttemptRef
 from blixard.domain.limits import MIB
@@ -104,6 +105,8 @@ class BackendSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     scratch: Path
     slots: int = 1
+    shared_slots: Slots | None = None
+    """Of all backends of the worker together; without them a backend has ``slots`` of its own."""
     lock_fd: int | None = None
     grace_seconds: float = 5.0
     memory_mb: int = 1024

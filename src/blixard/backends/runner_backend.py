@@ -19,6 +19,7 @@ from blixard.backends.contract import BackendInfo, BackendSettings, Execution, E
 from blixard.backends.executor.messages import Answer, Call, Task, encode
 from blixard.backends.outcomes import ended_early, now, outcome_of_answer, outcome_of_exit, refused, timed_out
 from blixard.backends.runner import Runner
+from blixard.backends.slots import Slots
 from blixard.backends.workspace import remove_tree
 from blixard.backends.zygote.client import ZygoteClient
 from blixard.backends.zygote.messages import Exited, InputPlace, Launch, SpawnFailed
@@ -69,6 +70,8 @@ class RunnerBackend(abc.ABC):
 
     def __init__(self, settings: BackendSettings) -> None:
         self.settings = settings
+        self._slots = settings.shared_slots or Slots(settings.slots)
+        self._slots.join(self)
         self._waiting: deque[Attempt] = deque()
         self._attempts: dict[AttemptRef, Attempt] = {}
         self._runners: dict[Attempt, Runner] = {}
@@ -214,7 +217,7 @@ class RunnerBackend(abc.ABC):
         known = self._known_of(attempt.execution)
         if known.warm is not None and not attempt.execution.inputs and attempt.execution.stdin is None:
             return self._place_warm(attempt, known.warm, known.pace)
-        if self._busy() >= self.settings.slots:
+        if not self._slots.may_take(self):
             return False
         plan = self.plan(attempt.execution)
         if plan.is_warm:
@@ -232,13 +235,22 @@ class RunnerBackend(abc.ABC):
             known = self._known[id(spec)] = _Known(spec, Pace())
         return known
 
-    def _busy(self) -> int:
+    def busy_slots(self) -> int:
         return sum(1 for runner in self._alive if runner.sent or not self._is_idle(runner))
+
+    def wants_slot(self) -> bool:
+        return bool(self._waiting) and not self._is_stopping
+
+    def slot_is_free(self) -> None:
+        if self._waiting:
+            self._dispatch_soon()
 
     def _is_idle(self, runner: Runner) -> bool:
         return not runner.is_single_use and not runner.sent and not runner.is_ending
 
     def _place_warm(self, attempt: Attempt, plan: Plan, pace: Pace) -> bool:
+        if self._slots.must_yield(self):
+            return False
         best: Runner | None = None
         for runner in self._executors:
             if runner.code == plan.code and not runner.is_ending:
@@ -249,10 +261,11 @@ class RunnerBackend(abc.ABC):
                     best is None or len(runner.sent) < len(best.sent)
                 ):
                     best = runner
-        if (best is None or best.sent) and self._busy() < self.settings.slots:
-            fresh = self._spawn_executor(plan)
-            if fresh is not None:
-                best = fresh
+        if self._slots.may_take(self):
+            if best is None or best.sent:
+                best = self._spawn_executor(plan) or best
+        elif best is not None and not best.sent:
+            return False
         return best is not None and self._send(best, attempt, plan, pace)
 
     def _send(self, runner: Runner, attempt: Attempt, plan: Plan, pace: Pace) -> bool:
@@ -381,6 +394,8 @@ class RunnerBackend(abc.ABC):
             runner.kill()  # the job was told to end and did so nicely; its executor has heard the signal, too
         if self._waiting:
             self._dispatch_soon()
+        if not runner.sent:
+            self._slots.freed()
 
     def gone(self, runner: Runner, unread: list[Attempt], end: Exited | SpawnFailed | None) -> None:
         self._alive.discard(runner)
@@ -398,6 +413,7 @@ class RunnerBackend(abc.ABC):
         if not self._alive:
             self._all_gone.set()
         self._dispatch_soon()
+        self._slots.freed()
 
     def _finish_without_answer(self, attempt: Attempt, runner: Runner, end: Exited | SpawnFailed | None) -> None:
         if attempt.ending is not None:

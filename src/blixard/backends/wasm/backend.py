@@ -20,6 +20,7 @@ from blixard.backends.contract import (
     Stream,
 )
 from blixard.backends.sandbox.plan import SandboxPlan
+from blixard.backends.slots import Slots
 from blixard.backends.wasm.confinement import MAX_ARTEFACT_BYTES, plan_compiler, probe
 from blixard.backends.wasm.host import Child, ZygoteHost, ZygoteLost
 from blixard.backends.wasm.module_cache import CompiledModule, ModuleCache
@@ -187,7 +188,9 @@ class WasmBackend:
         )
         self._attempts: dict[AttemptRef, _Attempt] = {}
         self._queue: deque[_Attempt] = deque()
-        self._free = settings.slots
+        self._slots = settings.shared_slots or Slots(settings.slots)
+        self._slots.join(self)
+        self._busy = 0
         self._idle: list[Child] = []
         self._numbers = 0
         self._ready = False
@@ -270,8 +273,8 @@ class WasmBackend:
 
     async def _wait_for_slot(self, attempt: _Attempt) -> bool:
         """Wait for this attempt's turn. False if it was stopped before; then it has no slot."""
-        if self._free > 0 and not self._queue:
-            self._free -= 1
+        if not self._queue and self._slots.may_take(self):
+            self._busy += 1
             return True
         attempt.turn = asyncio.get_running_loop().create_future()
         self._queue.append(attempt)
@@ -293,12 +296,23 @@ class WasmBackend:
             self._queue.remove(attempt)
 
     def _release_slot(self) -> None:
-        if self._queue:
+        self._busy -= 1
+        self.slot_is_free()
+        self._slots.freed()
+
+    def busy_slots(self) -> int:
+        return self._busy
+
+    def wants_slot(self) -> bool:
+        return bool(self._queue)
+
+    def slot_is_free(self) -> None:
+        """Let waiting attempts have their turn."""
+        while self._queue and self._slots.may_take(self):
+            self._busy += 1
             turn = self._queue.popleft().turn
             assert turn is not None
             turn.set_result(None)
-        else:
-            self._free += 1
 
     async def _run_attempt(self, attempt: _Attempt) -> Outcome:
         payload = attempt.execution.spec.payload

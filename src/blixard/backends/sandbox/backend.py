@@ -144,7 +144,11 @@ class SandboxBackend(RunnerBackend):
         assert self._findings is not None
         if self._findings.command is not None:
             raise Refused(
-                refused("NotSupportedHere", f"commands cannot run in a sandbox here: {self._findings.command}")
+                refused(
+                    "NotSupportedHere",
+                    f"commands cannot run in a sandbox here: {self._findings.command}",
+                    hint="`blixard doctor` says what this machine lacks; isolation minimal needs no sandbox",
+                )
             )
         program, version = bubblewrap.find_bubblewrap()
         return BubblewrapCommand(program=program, version=version, argv=argv, environment=environment)

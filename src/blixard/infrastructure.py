@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from blixard.backends.contract import BackendSettings, ExecutionBackend
+from blixard.backends.slots import Slots
 from blixard.domain.limits import MIB
 from blixard.domain.requirements import Isolation, WorkerType
 from blixard.domain.worker import WorkerOffer
@@ -18,6 +19,7 @@ from blixard.errors import NotSupportedHere
 from blixard.services.clock import Clock, SystemClock
 from blixard.services.control_plane import ControlPlane, ControlPlaneConfig, build_control_plane
 from blixard.services.maintenance.loop import MaintenanceConfig
+from blixard.services.maintenance.promoter import PromoterConfig
 from blixard.services.maintenance.pruner import PrunerConfig
 from blixard.storage.blobs import BlobStore, open_blob_store
 from blixard.storage.database import Database
@@ -98,6 +100,7 @@ class ProductionInfrastructureFactory:
             maintenance=MaintenanceConfig(
                 interval=settings.maintenance.interval, prune_interval=settings.maintenance.prune_interval
             ),
+            promoter=PromoterConfig(step=settings.maintenance.batch),
             pruner=PrunerConfig(
                 completed_retention=settings.storage.completed_retention,
                 failed_retention=settings.storage.failed_retention,
@@ -153,6 +156,7 @@ class ProductionInfrastructureFactory:
         return BackendSettings(
             scratch=home.directory,
             slots=self._slots(),
+            shared_slots=Slots(self._slots()),
             lock_fd=home.lock.fd,
             grace_seconds=self.settings.worker.grace,
             memory_mb=sandbox.memory // MIB,

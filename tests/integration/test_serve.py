@@ -131,6 +131,23 @@ async def test_an_address_that_others_reach_needs_a_token_first(tmp_path: Path) 
         await server.stop()
 
 
+async def test_a_body_over_the_limit_of_the_settings_is_refused(tmp_path: Path) -> None:
+    limit = 2 * 1024 * 1024
+    server = idle_server(settings_for(tmp_path, request_limit=limit))
+    listening = await server.start()
+    try:
+        async with httpx.AsyncClient(base_url=listening.url) as client:
+            refused = await client.post(
+                "/api/v1/jobs", content=b" " * (limit + 1), headers={"content-type": "application/json"}
+            )
+            at_limit = await client.post(
+                "/api/v1/jobs", content=b" " * limit, headers={"content-type": "application/json"}
+            )
+    finally:
+        await server.stop()
+    assert (refused.status_code, at_limit.status_code) == (413, 400)
+
+
 async def test_it_speaks_https_with_the_files_given(tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     make_certificate(certificate, key)

@@ -41,6 +41,7 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: Path | None = None
     lease_seconds: float = 10.0
     maintenance: MaintenanceConfig = MaintenanceConfig()
+    promoter: PromoterConfig = PromoterConfig()
     pruner: PrunerConfig = PrunerConfig()
 
 
@@ -156,7 +157,7 @@ def _maintenance(
     rescuer = RescuerConfig(lease_seconds=config.lease_seconds, interval=config.maintenance.interval)
     return Maintenance(
         rescuer=Rescuer(store.sessions, store.leases, clock, rescuer, _below(config.data_dir, "sessions")),
-        promoter=Promoter(store.maintenance, clock, PromoterConfig()),
+        promoter=Promoter(store.maintenance, clock, config.promoter),
         pruner=Pruner(store.maintenance, blobs, logs, clock, config.pruner),
         adopter=Adopter(store.placement, _below(config.data_dir, "submitters")),
         signals=signals,

@@ -73,7 +73,7 @@ def run_worker(config: WorkerProgramConfig) -> int:
     from blixard.infrastructure import ProductionInfrastructureFactory
 
     settings = Settings.model_validate(msgspec.json.decode(config.settings))
-    logging.basicConfig(level=settings.log.level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    _configure_logging(config, settings)
 
     factory = ProductionInfrastructureFactory(settings)
     try:
@@ -82,6 +82,15 @@ def run_worker(config: WorkerProgramConfig) -> int:
         sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         return EXIT_MISUSED if isinstance(error, CallerError) else EXIT_BROKEN
     return EXIT_OK
+
+
+def _configure_logging(config: WorkerProgramConfig, settings: Settings) -> None:
+    if config.submitter is not None:  # nobody reads it unless this process fails: then a person
+        logging.basicConfig(level=settings.log.level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        return
+    from blixard.telemetry import configure_logging
+
+    configure_logging(settings.log.level, settings.log.format)
 
 
 def _run_loop(config: WorkerProgramConfig, factory: InfrastructureFactory) -> None:

@@ -124,7 +124,16 @@ class Zygote:
                     os.kill(pid, signal.SIGKILL)
 
 
+def _forget_inherited_signals() -> None:
+    """Handle signals as a fresh session does: what ``nohup`` or a shell had ignored or blocked would reach every job."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python itself ignores these two
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _catch_signals() -> int:
+    _forget_inherited_signals()
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in (signal.SIGCHLD, signal.SIGTERM):

@@ -155,7 +155,7 @@ class Forbidden(CallerError):
 
 
 class NotSupportedHere(CallerError):
-    """This host cannot give what was asked for, and less is never given silently. `blixard doctor` says what is missing."""
+    """The host cannot give what was asked for, and less is never given silently. `blixard doctor` says what is missing."""
 
     code = "not_supported_here"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -104,7 +105,7 @@ def _as_httpx(request: httpx.Request) -> Iterator[None]:
     try:
         yield
     except (aiohttp.ClientConnectorError, aiohttp.ClientConnectorDNSError) as error:
-        raise httpx.ConnectError(str(error), request=request) from error
+        raise httpx.ConnectError(_reason(error.os_error), request=request) from error
     except aiohttp.ConnectionTimeoutError as error:
         raise httpx.ConnectTimeout(str(error) or "no connection in time", request=request) from error
     except TimeoutError as error:
@@ -114,3 +115,9 @@ def _as_httpx(request: httpx.Request) -> Iterator[None]:
     except (aiohttp.ClientError, RuntimeError) as error:
         # RuntimeError: aiohttp's word for a session that was closed under a call.
         raise httpx.RemoteProtocolError(str(error) or type(error).__name__, request=request) from error
+
+
+def _reason(error: OSError) -> str:
+    """Say in words why nothing could be connected, without the library's own."""
+    words = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
+    return words or str(error) or type(error).__name__

@@ -114,7 +114,8 @@ class WorkerSettings(Section):
         default=800, description="Jobs claimed ahead of free slots, so that short jobs do not wait for the server."
     )
     grace: Annotated[float, Duration(0, 60 * MINUTE)] = Field(
-        default=5.0, description="Time between SIGTERM and SIGKILL for a job that is cancelled or timed out."
+        default=5.0,
+        description="Time between SIGTERM and SIGKILL for a job that is cancelled. One past its timeout is killed at once.",
     )
 
 

@@ -26,7 +26,7 @@ class OutcomeKind(enum.StrEnum):
     LOST = "lost"
     """The worker or the sandbox broke under it; not the job's fault. Costs one of ``max_lost``."""
     RELEASED = "released"
-    """Given back before it started; costs nothing."""
+    """Given back before it started, or because its worker was stopped; costs nothing."""
 
 
 class AttemptError(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

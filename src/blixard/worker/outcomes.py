@@ -47,3 +47,9 @@ def _describe(error: Exception, *, retryable: bool) -> AttemptError:
     hint = error.hint if isinstance(error, BlixardError) else None
     text = str(error) or "no message"
     return AttemptError(type=type(error).__name__, message=text, hint=hint, retryable=retryable)
+
+
+def given_back(outcome: Outcome) -> Outcome:
+    """A worker that was stopped ended the job: it runs again elsewhere and no count goes up."""
+    error = AttemptError(type="WorkerStopped", message="its worker was stopped while it ran")
+    return msgspec.structs.replace(outcome, kind=OutcomeKind.RELEASED, error=error)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from blixard.backends.contract import ExecutionBackend, StopReason, Stream
 from blixard.domain.lease import AttemptRef, ClaimedJob, FinishedAttempt, StartedAttempt, SyncReply, SyncRequest
 from blixard.domain.limits import MAX_CLAIM, MIB
-from blixard.domain.outcome import Outcome
+from blixard.domain.outcome import Outcome, OutcomeKind
 from blixard.domain.payload import FunctionPayload, ScriptPayload, blobs_of
 from blixard.domain.requirements import Isolation, WorkerType, worker_type_for
 from blixard.domain.spec import JobSpec
@@ -93,6 +93,7 @@ class Session:
         self._planned = False
         self._draining = False
         self._stopping = False
+        self._killed = False
         self._ending: SessionEnd | None = None
         self._over = asyncio.Event()
         self._timers: list[asyncio.TimerHandle] = []
@@ -131,8 +132,12 @@ class Session:
         self._check_over()
 
     def kill(self) -> None:
-        """End everything now; deliver the reports within ``GOODBYE_SECONDS`` or leave them to the rescuer."""
+        """End everything now; deliver the reports within ``GOODBYE_SECONDS`` or leave them to the rescuer.
+
+        What it ends is given back and costs the jobs nothing: that somebody stops workers is neither their fault nor an accident.
+        """
         self.stop()
+        self._killed = True
         self._stop_all(StopReason.KILL)
         self._later(GOODBYE_SECONDS, self._over.set)
 
@@ -318,6 +323,8 @@ class Session:
             self._appetite.heard((outcome.finished_at - outcome.started_at) / 1e6, self._clock.monotonic())
         held.phase = Phase.ENDED
         self._active -= 1
+        if self._killed and outcome.kind is OutcomeKind.LOST:
+            outcome = outcomes.given_back(outcome)
         if not held.lost and (held.has_output or self._runner.is_large(outcome)):
             outcome = await self._runner.store(held, outcome)
         self._settle(held, outcome)

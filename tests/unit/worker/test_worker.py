@@ -231,7 +231,7 @@ async def test_stop_kills_what_outlives_the_grace_time(tmp_path: Path) -> None:
         await gateway.until(lambda: rig.backend.attempts)
         rig.worker.stop()
         await rig.finish()
-        assert gateway.kind("a") == "lost"
+        assert gateway.kind("a") == "released", "a stop costs the job nothing"
 
 
 async def test_kill_ends_everything_at_once(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ async def test_kill_ends_everything_at_once(tmp_path: Path) -> None:
         rig.worker.kill()
         rig.worker.kill()
         await rig.finish()
-        assert gateway.kind("a") == "lost"
+        assert gateway.kind("a") == "released", "a stop costs the job nothing"
 
 
 async def test_a_killed_worker_leaves_even_when_the_server_is_away(

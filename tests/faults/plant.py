@@ -32,7 +32,7 @@ def until(condition: Callable[[], object], what: str, patience: float = PATIENCE
     deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline, f"in vain: {what}"
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_LOOK_SECONDS)  # sleep: nothing rings for what other processes do
 
 
 def free_port() -> int:

@@ -69,7 +69,7 @@ def kill_at_random(site: Plant, marks: Marks, chance: random.Random) -> float:
     process = map_all(site, marks)
     more = chance.randint(1, 2 * INPUTS // KILLS // 2)
     until(lambda: len(marks.read()) >= before + more or process.poll() is not None, "jobs run")
-    time.sleep(chance.uniform(0, 0.1))  # any moment is as good as any other
+    time.sleep(chance.uniform(0, 0.1))  # sleep: any moment is as good as any other
     assert process.poll() is None, f"it ended by itself:\n{site.said()}"
     process.kill()
     killed_at = time.time()

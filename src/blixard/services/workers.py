@@ -137,7 +137,7 @@ class WorkerService:
         classes = [] if claimed or is_old else await self._classes(namespace, request, life)
         claim_now = bool(classes) and await self._placement.has_ready_job(classes)
         state, lost, more = await asyncio.gather(
-            self._renew(namespace, request, life, has_news=claim_now or bool(request.finished or request.started)),
+            self._renew(namespace, request, life),
             self._store_reports(request, retry_at),
             self._claim(request, life, classes) if claim_now else _nothing(),
         )
@@ -165,13 +165,13 @@ class WorkerService:
         life.is_remembered = True
         return await self._leases.claimed_by(request.session, request.number)
 
-    async def _renew(self, namespace: str, request: SyncRequest, life: Life, *, has_news: bool) -> SessionState | None:
-        """Count a renewal if something is written anyway or the last one is a while ago; return the session's state.
+    async def _renew(self, namespace: str, request: SyncRequest, life: Life) -> SessionState | None:
+        """Count a renewal if the last one is a while ago; return the session's state.
 
-        An idle worker's parked sync would else cost a commit that a submission or a report has to wait for.
+        Most syncs would else cost a write that counts what the rescuer needs to see only now and then.
         """
         now = self._clock.monotonic()
-        if not has_news and now - life.renewed_at < RENEWAL_SHARE * self._lease_seconds:
+        if now - life.renewed_at < RENEWAL_SHARE * self._lease_seconds:
             stored = await self._sessions.find(request.session)
             return stored.session.state if stored else None
         life.renewed_at = now

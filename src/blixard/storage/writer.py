@@ -30,6 +30,8 @@ MAX_BATCH_SECONDS = 0.05
 MIN_POLL_SECONDS = 0.001
 MAX_POLL_SECONDS = 0.025
 """How often a watched writer looks for the commits of other processes: often after a change, rarely in silence."""
+BUSY_SECONDS = 1.0
+"""For so long after a change another one is expected soon."""
 
 # Any: a write's future holds rows, a transaction's row counts.
 Answered = asyncio.Future[Any]
@@ -129,6 +131,7 @@ class GroupCommitWriter:
         self._stopping = False
         self._watched = False
         self._poll_seconds = MIN_POLL_SECONDS
+        self._changed_at = time.monotonic()
         # As of before the thread starts: later, the first watcher would miss a commit that comes between its watch and the first look.
         self._data_version: object = connection.execute("PRAGMA data_version").fetchall()
         self._thread = threading.Thread(target=self._run, name="blixard-writer", daemon=True)
@@ -308,7 +311,8 @@ class GroupCommitWriter:
         except apsw.Error:
             version = object()  # a change, as it were: whoever looks again will hear of the trouble
         if version == self._data_version:
-            self._poll_seconds = min(self._poll_seconds * 2, MAX_POLL_SECONDS)
+            if time.monotonic() - self._changed_at > BUSY_SECONDS:
+                self._poll_seconds = min(self._poll_seconds * 2, MAX_POLL_SECONDS)
             return
         self._data_version = version
         self._post([], changed=True)
@@ -316,6 +320,7 @@ class GroupCommitWriter:
     def _post(self, answers: list[Answer], *, changed: bool) -> None:
         if changed:
             self._poll_seconds = MIN_POLL_SECONDS
+            self._changed_at = time.monotonic()
         self._running = []
         self._call_loop(self._settle, answers, changed)
 

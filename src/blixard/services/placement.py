@@ -68,6 +68,10 @@ class PlacementService:
             and not mismatches(needs, offer)
         ]
 
+    def submitted_by(self, submitter: str, classes: Iterable[int]) -> list[int]:
+        """Return those of the classes whose jobs this process submitted."""
+        return [class_id for class_id in classes if self._classes[class_id].submitter == submitter]
+
     async def has_ready_job(self, classes: Iterable[int]) -> bool:
         """Say whether anything is due in one of these classes: a look that costs no write."""
         return await self._placement.has_ready_job(classes)

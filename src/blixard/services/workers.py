@@ -178,9 +178,15 @@ class WorkerService:
         return await self._sessions.renew(namespace, request.session, request.number, self._clock.now())
 
     async def _classes(self, namespace: str, request: SyncRequest, life: Life) -> list[int]:
+        """Return the classes to claim from. An embedded worker takes what its own process submitted before what others left behind."""
         if request.want <= 0:
             return []
-        return await self._placement.matching(namespace, life.session.offer, request.free_cpus, request.free_memory_mb)
+        offer = life.session.offer
+        classes = await self._placement.matching(namespace, offer, request.free_cpus, request.free_memory_mb)
+        if offer.submitter is None:
+            return classes
+        own = self._placement.submitted_by(offer.submitter, classes)
+        return own if own and await self._placement.has_ready_job(own) else classes
 
     async def _claim(self, request: SyncRequest, life: Life, classes: Iterable[int]) -> list[ClaimedJob]:
         return await self._leases.claim(

@@ -297,6 +297,18 @@ async def test_an_embedded_workers_jobs_are_its_own_until_its_process_dies(
     assert sorted(c.ref.job_id for c in await server.claim(want=10)) == sorted([job_id, theirs])
 
 
+async def test_an_embedded_worker_takes_its_own_jobs_before_orphans(plane: ControlPlane, tmp_path: Path) -> None:
+    (orphan,) = await submit(plane, submitter="dead", priority=5)
+    lock = FileLock.create(tmp_path / "submitters" / "me.lock")
+    (own,) = await submit(plane, submitter="me")
+    await plane.maintenance.run_once()
+    mine = ScriptedWorker(plane, "session_mine", _with(OFFER, "submitter", "me"))
+    await mine.register()
+    assert [c.ref.job_id for c in await mine.claim(want=10)] == [own]
+    assert [c.ref.job_id for c in await mine.claim(want=10)] == [orphan]
+    lock.release()
+
+
 async def test_requests_beyond_the_limits_are_refused(plane: ControlPlane, worker: ScriptedWorker) -> None:
     for fields in ({"want": 1001}, {"want": -1}, {"wait": 4.0}, {"number": 0}):
         with pytest.raises(InvalidRequest):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import apsw
 
 from blixard.errors import BlixardError, ConstraintFailed, InternalError, OutcomeUnknown, StoreFull, StoreUnavailable
@@ -22,6 +24,8 @@ STORE_BROKEN = (
     apsw.InterruptError,
 )
 """What is wrong with the store and not with the statement, so that the next statement would meet it too."""
+LEAST_ROOM_BYTES = 64 * 1024
+"""What opening a database needs beside the file itself."""
 _SYNC_FAILED = {apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC}
 
 
@@ -31,13 +35,22 @@ def translate_error(error: BaseException, *, path: str, statement: str) -> Blixa
         return error
     if isinstance(error, apsw.ConstraintError):
         return ConstraintFailed(f"{statement}: {error}")
-    if isinstance(error, apsw.FullError):
+    if isinstance(error, apsw.FullError) or (isinstance(error, STORE_BROKEN) and _is_full(path)):
         return StoreFull(
             f"the disk is full: {path} could not be written", hint="free some space; nothing acknowledged is lost"
         )
     if isinstance(error, STORE_BROKEN):
         return _unavailable(error, path)
     return InternalError(f"the statement {statement!r} failed: {type(error).__name__}: {error}")
+
+
+def _is_full(path: str) -> bool:
+    """Say whether the file's disk has no room: SQLite calls it an I/O error where it cannot make its shared-memory file."""
+    try:
+        disk = os.statvfs(os.path.dirname(os.path.abspath(path)))  # noqa: PTH100, PTH120 - a string, which may be :memory:
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < LEAST_ROOM_BYTES
 
 
 def translate_commit_error(error: BaseException, *, path: str) -> BlixardError:

@@ -15,7 +15,7 @@ NAMESPACE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-m", "-U", 
 
 
 @pytest.mark.parametrize(
-    "command", ["run code1.py:f 1", "submit code1.py:f 1", "map code1.py:f list", "serve --port 0"]
+    "command", ["run code1.py:f 1", "submit code1.py:f 1", "map code1.py:f list", "serve --port 0", "worker"]
 )
 def test_a_data_directory_that_cannot_be_written_is_one_clear_error(tmp_path: Path, command: str) -> None:
     (tmp_path / "code1.py").write_text("def f(x):\n    return x\n")

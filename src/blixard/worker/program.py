@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SOCKET_URL = "http://blixard"
 """Names nobody: over a Unix socket only the path counts."""
-EXIT_OK, EXIT_BROKEN, EXIT_MISUSED = 0, 1, 2
+EXIT_OK, EXIT_BROKEN, EXIT_MISUSED = 0, 125, 2
 _PR_SET_PDEATHSIG = 1
 _MAX_CONFIG_BYTES = 1 << 20
 

@@ -162,6 +162,8 @@ def kill_all(killer: Killer, chance: random.Random, submitters: list[Submitter])
             pause.wait(chance.uniform(0, LONGEST_PAUSE))
             allow(submitters, (number + 1) / KILLS)  # so that the kill comes while clients submit
             pause.wait(chance.uniform(0, LONGEST_DELAY))
+            if kind == "server":
+                allow(submitters, (number + 2) / KILLS)  # more than can be done before it is gone
             killer.kill(kind)
     except BaseException:
         for submitter in submitters:

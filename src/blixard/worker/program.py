@@ -62,7 +62,10 @@ def program_config(settings: Settings, **fields: object) -> WorkerProgramConfig:
 
 def main() -> int:
     """Run as a child: configuration and the parent's life come through standard input."""
-    config = msgspec.json.decode(sys.stdin.buffer.readline(_MAX_CONFIG_BYTES), type=WorkerProgramConfig)
+    line = sys.stdin.buffer.readline(_MAX_CONFIG_BYTES)
+    if not line.endswith(b"\n"):
+        return EXIT_BROKEN  # whoever started us is gone before it could say what for
+    config = msgspec.json.decode(line, type=WorkerProgramConfig)
     _die_with(config.parent)
     return run_worker(config)
 

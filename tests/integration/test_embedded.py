@@ -155,7 +155,8 @@ async def test_a_killed_worker_is_started_again_and_the_job_runs_again(settings:
         job = await client.submit(spec(CommandPayload(argv=("sh", "-c", script))))
         waiting = asyncio.create_task(client.result(job, timeout=DEADLINE))
         await until_async(marks.exists, "the job starts")
-        while (await client.job(job)).state is not JobState.IN_PROGRESS:  # the store must know of the start, too
+        # The store must know of the start, too.
+        while (await client.job(job)).state is not JobState.IN_PROGRESS:  # noqa: ASYNC110 - another process reports it
             await asyncio.sleep(0.05)
         first = client.worker_pid
         assert first is not None

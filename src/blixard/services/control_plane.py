@@ -121,7 +121,7 @@ def build_control_plane(
         workers=workers,
         tokens=TokenService(store.tokens, clock),
         logs=JobLogService(queries, logs, signals, clock),
-        maintenance=_maintenance(store, blobs, logs, signals, clock, config),
+        maintenance=_maintenance(store, blobs, logs, clock, config),
         signals=signals,
     )
 
@@ -150,7 +150,6 @@ def _maintenance(
     store: _Repositories,
     blobs: BlobStore,
     logs: LogStore,
-    signals: Signals,
     clock: Clock,
     config: ControlPlaneConfig,
 ) -> Maintenance:
@@ -160,7 +159,6 @@ def _maintenance(
         promoter=Promoter(store.maintenance, clock, config.promoter),
         pruner=Pruner(store.maintenance, blobs, logs, clock, config.pruner),
         adopter=Adopter(store.placement, _below(config.data_dir, "submitters")),
-        signals=signals,
         clock=clock,
         config=config.maintenance,
         lock_path=_below(config.data_dir, "maintenance.lock"),

@@ -17,7 +17,6 @@ from blixard.services.maintenance.adopter import Adopter
 from blixard.services.maintenance.promoter import Promoter
 from blixard.services.maintenance.pruner import Pruner
 from blixard.services.maintenance.rescuer import Rescuer
-from blixard.services.signals import Signals
 from blixard.storage.locks import FileLock
 
 BLOB_PASS_SECONDS = 3600.0
@@ -41,7 +40,6 @@ class Maintenance:
         promoter: Promoter,
         pruner: Pruner,
         adopter: Adopter,
-        signals: Signals,
         clock: Clock,
         config: MaintenanceConfig,
         lock_path: Path | None,
@@ -50,7 +48,6 @@ class Maintenance:
         self._promoter = promoter
         self._pruner = pruner
         self._adopter = adopter
-        self._signals = signals
         self._clock = clock
         self._config = config
         self._lock_path = lock_path

@@ -6,7 +6,8 @@ BlixardError
 │   │   └── LimitExceeded       a value is larger than a named limit
 │   ├── ConfigError             a setting is wrong; names its file or variable
 │   ├── NotFound                no such thing
-│   │   └── JobNotFound, WorkerNotFound, BatchNotFound, BlobNotFound, TokenNotFound
+│   │   └── JobNotFound, WorkerNotFound, BatchNotFound, BlobNotFound, TokenNotFound,
+│   │       ImageNotFound, VmNotFound
 │   ├── Conflict                the thing is not in a state that allows this
 │   │   ├── InvalidTransition   the job's state machine refuses
 │   │   └── IdTaken             the id belongs to a different job
@@ -20,15 +21,19 @@ BlixardError
 ├── WorkerError                 a worker is gone or may not go on
 │   ├── WorkerLost              too many workers died while running the job
 │   ├── SessionExpired          the worker's session was declared dead; register again
-│   └── LeaseLost               the attempt belongs to somebody else now
+│   ├── LeaseLost               the attempt belongs to somebody else now
+│   └── MachineLost             a virtual machine ended, hangs or does not answer
 ├── Unavailable                 try again later; nothing is known to be wrong with the request
 │   ├── StoreUnavailable        the database cannot be opened, read or written
 │   │   └── StoreFull           the disk is full
+│   ├── VmUnavailable           there is no VM manager
+│   ├── NotEnoughMemory         the host has not the memory that a machine needs
 │   ├── ServerUnreachable       no answer from the server
 │   ├── OutcomeUnknown          the write may or may not have happened; repeat it with the same id
 │   └── WaitTimedOut            the caller stopped waiting; the job goes on
 └── InternalError               our own bug
-    └── ConstraintFailed        the database refused a row that should not have been written
+    ├── ConstraintFailed        the database refused a row that should not have been written
+    └── WrongPhase              a part was used before it started, or after it stopped
 """
 
 from __future__ import annotations
@@ -117,6 +122,29 @@ class TokenNotFound(NotFound):
     def __init__(self, token_id: str) -> None:
         super().__init__(f"there is no token {token_id!r}", hint="`blixard token list` shows them")
         self.token_id = token_id
+
+
+class ImageNotFound(NotFound):
+    """No guest image has this name or digest on this machine."""
+
+    code = "image_not_found"
+
+    def __init__(self, image: str) -> None:
+        super().__init__(
+            f"there is no guest image {image!r} on this machine",
+            hint="`blixard image list` shows the images, `blixard image build` makes one",
+        )
+        self.image = image
+
+
+class VmNotFound(NotFound):
+    """No virtual machine of this machine's managers has this id."""
+
+    code = "vm_not_found"
+
+    def __init__(self, vm: str) -> None:
+        super().__init__(f"there is no virtual machine {vm!r}", hint="`blixard vms` shows them")
+        self.vm = vm
 
 
 class Conflict(CallerError):
@@ -217,6 +245,12 @@ class LeaseLost(WorkerError):
     code = "lease_lost"
 
 
+class MachineLost(WorkerError):
+    """A virtual machine ended, hangs or does not answer. The attempt on it is lost; the message has the cause."""
+
+    code = "machine_lost"
+
+
 class Unavailable(BlixardError):
     code = "unavailable"
 
@@ -229,6 +263,23 @@ class StoreFull(StoreUnavailable):
     """The disk is full: the write did not happen. Free space; nothing that was acknowledged is lost."""
 
     code = "store_full"
+
+
+class VmUnavailable(Unavailable):
+    """There is no VM manager in this process."""
+
+    code = "vm_unavailable"
+
+    def __init__(
+        self, message: str = "VM manager is not available (SKIP_VM_MANAGER may be set)", *, hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint or "`blixard doctor` says what this machine lacks")
+
+
+class NotEnoughMemory(Unavailable):
+    """The host has not the memory that a virtual machine needs now."""
+
+    code = "not_enough_memory"
 
 
 class ServerUnreachable(Unavailable):
@@ -257,3 +308,9 @@ class ConstraintFailed(InternalError):
     """A CHECK, UNIQUE or NOT NULL constraint refused the statement; nothing was changed."""
 
     code = "constraint_failed"
+
+
+class WrongPhase(InternalError):
+    """A part was used before it was started, or after it was stopped."""
+
+    code = "wrong_phase"

@@ -46,6 +46,8 @@ TABLE: tuple[ProblemRow, ...] = (
     ProblemRow(errors.BatchNotFound, 404, ("batch_id",)),
     ProblemRow(errors.BlobNotFound, 404, ("digest",)),
     ProblemRow(errors.TokenNotFound, 404, ("token_id",)),
+    ProblemRow(errors.ImageNotFound, 404, ("image",)),
+    ProblemRow(errors.VmNotFound, 404, ("vm",)),
     ProblemRow(errors.Conflict, 409),
     ProblemRow(errors.InvalidTransition, 409, ("job_id", "state", "wanted")),
     ProblemRow(errors.IdTaken, 409, ("job_id",)),
@@ -60,14 +62,18 @@ TABLE: tuple[ProblemRow, ...] = (
     ProblemRow(errors.WorkerLost, 409),
     ProblemRow(errors.SessionExpired, 410),
     ProblemRow(errors.LeaseLost, 409),
+    ProblemRow(errors.MachineLost, 409),
     ProblemRow(errors.Unavailable, 503),
     ProblemRow(errors.StoreUnavailable, 503),
     ProblemRow(errors.StoreFull, 507),
+    ProblemRow(errors.VmUnavailable, 503),
+    ProblemRow(errors.NotEnoughMemory, 503),
     ProblemRow(errors.ServerUnreachable, 502),
     ProblemRow(errors.OutcomeUnknown, 504),
     ProblemRow(errors.WaitTimedOut, 504),
     ProblemRow(errors.InternalError, 500),
     ProblemRow(errors.ConstraintFailed, 500),
+    ProblemRow(errors.WrongPhase, 500),
 )
 _BY_ERROR: Mapping[type[BlixardError], ProblemRow] = {row.error: row for row in TABLE}
 _BY_CODE: Mapping[str, ProblemRow] = {row.error.code: row for row in TABLE}

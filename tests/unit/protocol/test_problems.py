@@ -28,6 +28,8 @@ ARGUMENTS: dict[str, Any] = {
     "worker": "worker_1",
     "batch_id": "map_1",
     "digest": "0" * 64,
+    "image": "data-science",
+    "vm": "vm_1",
     "token_id": "token_1",
 }
 

@@ -1,0 +1,1 @@
+"""Virtual machines for jobs at isolation maximum. See DESIGN.md beside this file."""

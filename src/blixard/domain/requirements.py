@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 
 import msgspec
 
@@ -24,6 +25,15 @@ class WorkerType(enum.StrEnum):
     MICROVM = "microvm"
 
 
+class VmMode(enum.StrEnum):
+    """How a job uses a virtual machine."""
+
+    EPHEMERAL = "ephemeral"
+    """A fresh clone for the one job, gone with it: what isolation maximum always is."""
+    SERVICE = "service"
+    """A machine that serves one job of its namespace after the other, until it is recycled: a kind of isolation standard."""
+
+
 CPU_STEPS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0)
 MEMORY_STEPS_MB = (
     0,
@@ -43,6 +53,8 @@ MEMORY_STEPS_MB = (
     1048576,
     2097152,
 )
+IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+"""A guest image's name, or its digest."""
 
 
 class JobRequirements(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -55,18 +67,23 @@ class JobRequirements(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Every label here must stand on the worker with the same value."""
     cpus: float | None = None
     memory_mb: int | None = None
+    image: str | None = None
+    """Name or digest of the guest image of a virtual machine (None: the worker's default)."""
+    vm_mode: VmMode | None = None
+    """``service`` only at isolation standard. None: ``ephemeral`` at isolation maximum, elsewhere no virtual machine."""
 
 
-def worker_type_for(runtime: Runtime, isolation: Isolation) -> WorkerType:
+def worker_type_for(runtime: Runtime, isolation: Isolation, vm_mode: VmMode | None = None) -> WorkerType:
     """Return the one worker type that runs this (the table in docs/architecture.md)."""
-    if isolation is Isolation.MAXIMUM:
+    if isolation is Isolation.MAXIMUM or vm_mode is not None:
         return WorkerType.MICROVM
     return WorkerType.WASM if runtime is Runtime.WASM else WorkerType.PROCESS
 
 
 def check_requirements(requirements: JobRequirements, runtime: Runtime) -> None:
     """Raise ``InvalidRequest`` naming the field if no worker could ever satisfy this."""
-    needed = worker_type_for(runtime, requirements.isolation)
+    _check_vm(requirements)
+    needed = worker_type_for(runtime, requirements.isolation, requirements.vm_mode)
     if len(set(requirements.worker_types)) != len(requirements.worker_types):
         raise InvalidRequest("worker_types names a type twice", field="requirements.worker_types")
     if requirements.worker_types and needed not in requirements.worker_types:
@@ -84,4 +101,33 @@ def check_requirements(requirements: JobRequirements, runtime: Runtime) -> None:
         raise InvalidRequest(
             f"memory_mb is {requirements.memory_mb}; 1 to {MEMORY_STEPS_MB[-1]} is allowed",
             field="requirements.memory_mb",
+        )
+
+
+def _check_vm(requirements: JobRequirements) -> None:
+    mode, isolation = requirements.vm_mode, requirements.isolation
+    if mode is VmMode.SERVICE and isolation is not Isolation.STANDARD:
+        raise InvalidRequest(
+            f"vm_mode service is a kind of isolation standard, and the job asks for isolation {isolation}",
+            field="requirements.vm_mode",
+            hint="leave vm_mode out: isolation maximum is a fresh machine for the one job",
+        )
+    if mode is VmMode.EPHEMERAL and isolation is not Isolation.MAXIMUM:
+        raise InvalidRequest(
+            f"vm_mode ephemeral is isolation maximum, and the job asks for isolation {isolation}",
+            field="requirements.vm_mode",
+            hint="ask for isolation maximum",
+        )
+    if requirements.image is None:
+        return
+    if not IMAGE_NAME.fullmatch(requirements.image):
+        raise InvalidRequest(
+            f"{requirements.image!r} cannot be the name of an image: lower-case letters, digits, dot, dash and underscore, up to 128",
+            field="requirements.image",
+        )
+    if isolation is not Isolation.MAXIMUM and mode is None:
+        raise InvalidRequest(
+            "an image is what a virtual machine boots, and this job asks for none",
+            field="requirements.image",
+            hint="ask for isolation maximum, or for vm_mode service",
         )

@@ -12,7 +12,7 @@ import msgspec
 from blixard.domain.grants import Grants
 from blixard.domain.limits import DEFAULT_OUTPUT_BYTES, MAX_PRIORITY
 from blixard.domain.payload import Encoding, Payload
-from blixard.domain.requirements import Isolation, JobRequirements
+from blixard.domain.requirements import Isolation, JobRequirements, VmMode
 from blixard.domain.retry import RetryPolicy
 from blixard.domain.spec import DEFAULT_QUEUE, JobSpec, check_spec
 from blixard.errors import InvalidRequest
@@ -34,6 +34,8 @@ class OptionArguments(TypedDict, total=False):
     labels: Mapping[str, str]
     cpus: float
     memory_mb: int
+    image: str
+    vm_mode: str
     tags: Sequence[str]
     encoding: str
     include: Sequence[str | os.PathLike[str]]
@@ -46,7 +48,7 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     ``allow_read``, ``allow_write``, ``allow_net``: what of the machine the sandbox may touch. ``include``: data files that
     travel with the code. ``encoding``: how arguments and result travel (``json``, ``msgpack``, or ``pickle``, which runs code
-    of whoever wrote it).
+    of whoever wrote it). ``image``: what its virtual machine boots; ``vm_mode``: ``service`` for one that serves job after job.
     """
 
     name: str | None = None
@@ -61,6 +63,8 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
     labels: Mapping[str, str] = {}
     cpus: float | None = None
     memory_mb: int | None = None
+    image: str | None = None
+    vm_mode: VmMode | None = None
     tags: tuple[str, ...] = ()
     encoding: Encoding = Encoding.JSON
     include: tuple[str, ...] = ()
@@ -93,7 +97,12 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
             payload=payload,
             queue=self.queue,
             requirements=JobRequirements(
-                isolation=self.isolation, labels=dict(self.labels), cpus=self.cpus, memory_mb=self.memory_mb
+                isolation=self.isolation,
+                labels=dict(self.labels),
+                cpus=self.cpus,
+                memory_mb=self.memory_mb,
+                image=self.image,
+                vm_mode=self.vm_mode,
             ),
             retry=self.retry,
             timeout=self.timeout,
@@ -146,6 +155,6 @@ def _check_priority(value: object) -> None:
 def _wrong_option(error: msgspec.ValidationError) -> InvalidRequest:
     text, _, place = str(error).partition(" - at `$.")
     field = place.rstrip("`") or None
-    choices: dict[str | None, type[enum.StrEnum]] = {"isolation": Isolation, "encoding": Encoding}
+    choices: dict[str | None, type[enum.StrEnum]] = {"isolation": Isolation, "encoding": Encoding, "vm_mode": VmMode}
     hint = f"choose from {', '.join(choices[field])}" if field in choices else None
     return InvalidRequest(f"{field or 'an option'}: {text}", field=field, hint=hint)

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+
+from blixard.domain.requirements import VmMode
 
 if TYPE_CHECKING:
     from blixard.vm.agent_link import AgentLink
 
 DEFAULT_IMAGE = "default"
-
-
-class VmMode(enum.StrEnum):
-    EPHEMERAL = "ephemeral"
-    """A fresh clone for this job alone, destroyed when it is released."""
-    SERVICE = "service"
-    """A machine that other jobs of the same namespace have used before and will use after; one job at a time."""
 
 
 class VmNeed(msgspec.Struct, frozen=True, kw_only=True):

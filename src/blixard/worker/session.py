@@ -287,7 +287,7 @@ class Session:
 
     def _resolve(self, spec: JobSpec) -> ResolvedSpec:
         payload, requirements = spec.payload, spec.requirements
-        type_ = worker_type_for(spec.runtime, requirements.isolation)
+        type_ = worker_type_for(spec.runtime, requirements.isolation, requirements.vm_mode)
         return ResolvedSpec(
             spec=spec,
             backend=self._backends.get((type_, requirements.isolation)),

@@ -10,7 +10,7 @@ from blixard import App, RetryPolicy
 from blixard.domain.grants import Grants
 from blixard.domain.limits import MAX_PRIORITY
 from blixard.domain.payload import Encoding, FunctionPayload
-from blixard.domain.requirements import Isolation, JobRequirements
+from blixard.domain.requirements import Isolation, JobRequirements, VmMode
 from blixard.domain.spec import JobSpec
 from blixard.errors import InvalidRequest
 from blixard.sdk.options import JobOptions, OptionArguments
@@ -41,6 +41,11 @@ EVERY_OPTION: list[tuple[Options, Options]] = [
     ({"labels": {"zone": "a"}}, {"requirements": JobRequirements(labels={"zone": "a"})}),
     ({"cpus": 2}, {"requirements": JobRequirements(cpus=2.0)}),
     ({"memory_mb": 512}, {"requirements": JobRequirements(memory_mb=512)}),
+    (
+        {"image": "data-science", "isolation": "maximum"},
+        {"requirements": JobRequirements(image="data-science", isolation=Isolation.MAXIMUM)},
+    ),
+    ({"vm_mode": "service"}, {"requirements": JobRequirements(vm_mode=VmMode.SERVICE)}),
     ({"tags": ["x", "y"]}, {"tags": ("x", "y")}),
     ({"max_output_bytes": 10}, {"max_output_bytes": 10}),
 ]

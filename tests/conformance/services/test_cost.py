@@ -11,6 +11,7 @@ import apsw
 import msgspec
 import pytest
 
+from blixard.storage.sqlite import configure_connection
 from blixard.storage.statements import Statements, load_statements
 
 MAY_SCAN = {
@@ -33,6 +34,7 @@ def statements() -> Statements:
 
 def connect(path: Path) -> apsw.Connection:
     connection = apsw.Connection(str(path))
+    configure_connection(connection)
     connection.execute("PRAGMA journal_mode = WAL")
     for migration in sorted((Path(str(files("blixard.storage"))) / "migrations").glob("*.sql")):
         connection.execute(migration.read_text())
@@ -162,3 +164,30 @@ def test_find_cancel_retry_and_claim_touch_as_many_pages_among_100_000_jobs_as_a
     for name in few:
         # one more level of a B-tree for each table and index that the statement goes through, and nothing else
         assert many[name] <= few[name] * 1.75, (few, many)
+
+
+def test_no_hot_statement_is_compiled_anew_for_other_values(tmp_path: Path, statements: Statements) -> None:
+    store = Store(tmp_path / "values.db", statements, 1_000)
+    compiled: list[str | None] = []
+
+    def note(_action: int, *names: str | None) -> int:
+        compiled.append(names[0])
+        return apsw.SQLITE_OK
+
+    store.connection.authorizer = note  # asked whenever a statement is compiled
+    for number in (11, 12, 13):
+        compiled.clear()
+        claimed = store.run("claim_jobs", number=number, classes="[1]", want=number)
+        refs = [row[:3] for row in claimed]
+        assert len(refs) == number
+        store.run("start_attempts", reports=encode([[*ref, number] for ref in refs]))
+        store.run("list_leases", session=f"s{number}")
+        store.run("list_cancelled", session=f"s{number}")
+        store.run("find_claimed", number=number)
+        store.run("has_ready_job", classes=f"[{number}]")
+        store.run("find_job", id=refs[0][1])
+        store.run("find_results", ids=encode([ref[1] for ref in refs]))
+        reports = [[*ref, "completed", number, number, None, number, None, None, True, None] for ref in refs]
+        assert len(store.run("finish_attempts", reports=encode(reports))) == number
+        store.run("find_attempt_outcomes", reports=encode(refs))
+        assert bool(compiled) == (number == 11), compiled

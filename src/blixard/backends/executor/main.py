@@ -73,7 +73,7 @@ class Executor:
             self._end_as_child(ending)
         self.exit_code = ending.exit_code if task.path is not None else 0
         self._streams.finish()
-        retire = self._restore(started_ns)
+        retire = self._restore()
         return Answer(
             call.number,
             started_ns // 1000,
@@ -94,13 +94,13 @@ class Executor:
         self._streams.finish()
         os._exit(ending.exit_code)
 
-    def _restore(self, started_ns: int) -> str | None:
+    def _restore(self) -> str | None:
         """Make ready for the next call; return why this process must not take one."""
         if self._launch.single_use:
             return "used once"
         self._environment.restore()
         assert self._surroundings is not None
-        return self._surroundings.restore(started_ns) or (None if self._calls_left else "worn out")
+        return self._surroundings.restore(is_thorough=True) or (None if self._calls_left else "worn out")
 
     def _find(self, encoded: bytes) -> tuple[Task, FunctionCaller]:
         known = self._callers.get(encoded)
@@ -143,6 +143,8 @@ class Executor:
         if self._launch.single_use:
             return
         names = self._launch.private if self._launch.directory is not None else ()
+        if self._surroundings is not None:
+            self._surroundings.close()
         places = tuple(os.path.join(str(self._launch.directory), name) for name in names)
         self._surroundings = Surroundings(places)
 

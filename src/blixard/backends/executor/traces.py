@@ -6,27 +6,22 @@ import _locale
 import _signal  # type: ignore[import-not-found]  # typeshed has no stub of it
 import _thread
 import contextlib
-import fcntl
 import gc
 import os
 import resource
 import signal
 import sys
 import time
-from array import array
 
 from blixard.backends.workspace import empty_directory
-from blixard.backends.zygote.kernel import kill_descendants
+from blixard.backends.zygote.kernel import Watch, count_unread, kill_descendants
 
 MAX_GROWTH_KB = 256 * 1024
 """An executor whose peak memory has grown by more since its start is replaced."""
 MAX_NEW_DESCRIPTORS = 64
 """An executor with more new open files than that is replaced: somebody does not close them."""
 UMASK = 0o022
-CLOCK_NANOSECONDS = 20_000_000
-"""File systems of older kernels tell times by the tick, at most 10 ms apart."""
 _LOOK_SECONDS = 0.0002
-_FIONREAD = 0x541B  # asm-generic/ioctls.h; Python's termios has it under the same name
 _SIGNALS = tuple(sorted(int(number) for number in signal.valid_signals()))
 _get_signal = _signal.getsignal  # signal.getsignal makes an enum of every answer: twenty times slower
 
@@ -49,8 +44,13 @@ class Environment:
             os.environ.update(self._base)
             os.environ.update(task)
             self._task = task
-        os.environ.update(job)
-        self._expected = dict(_variables())
+            self._expected = dict(_variables())
+        variables, expected = _variables(), self._expected
+        for name, value in job.items():
+            key, new = name.encode(), os.fsencode(value)
+            if expected.get(key) != new:
+                os.putenv(key, new)
+                variables[key] = expected[key] = new
 
     def restore(self) -> None:
         """Undo what the job changed."""
@@ -77,29 +77,33 @@ def _variables() -> dict[bytes, bytes]:
 class Directories:
     """The private directories, which every job is to find empty; the first is the working directory.
 
-    Listing three directories would be half of what a short call costs. One whose time of change is the same as when it
-    was last known to be empty still is, if that was longer before the job's start than the file system's clock is coarse.
+    Listing them would cost more than a short call. The kernel tells whether anything has been put into them.
     """
 
     def __init__(self, paths: tuple[str, ...]) -> None:
         self._paths = paths
-        self._empty = [(0, 0)] * len(paths)
+        self._is_known_to_be_empty = False
+        self._watch: Watch | None = None
+        with contextlib.suppress(OSError):  # a user may have used up what he may have of these: then we list them
+            self._watch = Watch(paths)
 
-    def restore(self, started_ns: int) -> None:
-        """Empty them and go back to the first. ``started_ns``: when the job began, nanoseconds since 1970."""
-        for index, path in enumerate(self._paths):
-            now = _identity(path)
-            if now != self._empty[index] or now[1] + CLOCK_NANOSECONDS > started_ns:
-                if os.listdir(path):
-                    empty_directory(path)
-                self._empty[index] = _identity(path)
-        if _identity(".") != self._empty[0]:
-            os.chdir(self._paths[0])
+    def restore(self) -> None:
+        """Empty them and go back to the first."""
+        if not self._is_known_to_be_empty or self._watch is None or self._watch.has_seen_something():
+            self._empty()
+        os.chdir(self._paths[0])
 
+    def _empty(self) -> None:
+        for path in self._paths:
+            if os.listdir(path):
+                empty_directory(path)
+        if self._watch is not None:
+            self._watch.begin_again()
+            self._is_known_to_be_empty = True
 
-def _identity(path: str) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_ino, found.st_mtime_ns
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
 
 
 class Surroundings:
@@ -120,8 +124,15 @@ class Surroundings:
         self._threads = _thread._count()  # noqa: SLF001 -- counts threads that were started below ``threading`` too
         self._first_free = _first_free_descriptor()
 
-    def restore(self, started_ns: int) -> str | None:
-        """Put everything back as it was. Return why this process must not run another job, None if it may."""
+    def close(self) -> None:
+        """Give up: another one takes its place."""
+        self._directories.close()
+
+    def restore(self, *, is_thorough: bool) -> str | None:
+        """Put everything back as it was. Return why this process must not run another job, None if it may.
+
+        ``is_thorough``: look also for what no other job can notice and only adds up: memory and open files.
+        """
         self._restore_signals()
         os.umask(UMASK)
         if sys.argv != self._argv:
@@ -130,11 +141,11 @@ class Surroundings:
             sys.path[:] = self._path
         if _locale.setlocale(_locale.LC_ALL) != self._locale:
             _locale.setlocale(_locale.LC_ALL, self._locale)
-        return self._check_leftovers() or self._restore_directories(started_ns)
+        return self._check_leftovers() or (self._check_growth() if is_thorough else None) or self._restore_directories()
 
     def _restore_signals(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if [_get_signal(number) for number in _SIGNALS] != self._handlers:
+        _signal.alarm(0)  # the same timer as ITIMER_REAL, in less time
+        if list(map(_get_signal, _SIGNALS)) != self._handlers:
             for number, handler in zip(_SIGNALS, self._handlers, strict=True):
                 if _get_signal(number) != handler:
                     signal.signal(number, handler)
@@ -149,15 +160,18 @@ class Surroundings:
             return "the job left a process running"
         if _LIMITS_MODULE in sys.modules and [resource.getrlimit(number) for number in _LIMITS] != self._limits:
             return "the job changed a resource limit"
+        return None
+
+    def _check_growth(self) -> str | None:
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > self._memory + MAX_GROWTH_KB:
             return "the process grew"
         if _first_free_descriptor() > self._first_free + MAX_NEW_DESCRIPTORS:
             return "jobs left many files open"
         return None
 
-    def _restore_directories(self, started_ns: int) -> str | None:
+    def _restore_directories(self) -> str | None:
         try:
-            self._directories.restore(started_ns)
+            self._directories.restore()
         except OSError as error:
             return f"the job's directories cannot be put back: {error}"
         return None
@@ -165,12 +179,10 @@ class Surroundings:
 
 def unread_bytes(descriptor: int) -> int:
     """Return how many bytes lie in the pipe behind this descriptor."""
-    count = array("i", [0])
     try:
-        fcntl.ioctl(descriptor, _FIONREAD, count)
+        return count_unread(descriptor)
     except OSError:
         return 0  # the job closed or replaced it
-    return count[0]
 
 
 def wait_until_read(descriptors: tuple[int, ...]) -> None:

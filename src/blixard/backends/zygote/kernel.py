@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+FIONREAD = 0x541B  # asm-generic/ioctls.h; Python's termios has it under the same name
+IN_MOVED_TO = 0x80  # linux/inotify.h
+IN_CREATE = 0x100
+IN_DELETE_SELF = 0x400
+IN_MOVE_SELF = 0x800
+IN_ONLYDIR = 0x1000000
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/prctl.2.html
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -15,9 +24,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _prctl(option: int, value: int) -> None:
-    if _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+    _checked(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
 
 
 def die_with_parent(parent: int, number: signal.Signals) -> None:
@@ -30,6 +37,54 @@ def die_with_parent(parent: int, number: signal.Signals) -> None:
 def adopt_orphans() -> None:
     """Become the parent of every descendant that loses its own, so that none gets out of sight."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def count_unread(descriptor: int) -> int:
+    """Return how many bytes can be read now from a pipe, either end of it, or an inotify descriptor. Raises ``OSError``."""
+    count = bytearray(4)
+    fcntl.ioctl(descriptor, FIONREAD, count)
+    return int.from_bytes(count, sys.byteorder)
+
+
+class Watch:
+    """Says whether anything has been put into one of the directories, or one of them moved: one system call, whatever their number.
+
+    Raises ``OSError`` when the kernel gives no more of these to this user, or a directory is not there.
+    """
+
+    def __init__(self, directories: Iterable[str]) -> None:
+        self._directories = tuple(directories)
+        self._descriptor = _checked(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK), "inotify_init1")
+        try:
+            self._add()
+        except OSError:
+            self.close()
+            raise
+
+    def has_seen_something(self) -> bool:
+        return count_unread(self._descriptor) > 0
+
+    def begin_again(self) -> None:
+        """Forget what was seen, and watch what now is at these paths."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._descriptor, 65536):
+                pass
+        self._add()
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _add(self) -> None:
+        mask = IN_CREATE | IN_MOVED_TO | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
+        for path in self._directories:
+            _checked(_libc.inotify_add_watch(self._descriptor, os.fsencode(path), ctypes.c_uint32(mask)), path)
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
 
 
 def children_of(pid: int) -> list[int]:

@@ -6,8 +6,7 @@ BlixardError
 │   │   └── LimitExceeded       a value is larger than a named limit
 │   ├── ConfigError             a setting is wrong; names its file or variable
 │   ├── NotFound                no such thing
-│   │   └── JobNotFound, WorkerNotFound, BatchNotFound, BlobNotFound, TokenNotFound,
-│   │       ImageNotFound, VmNotFound
+│   │   └── JobNotFound, WorkerNotFound, BatchNotFound, BlobNotFound, TokenNotFound, ImageNotFound, VmNotFound
 │   ├── Conflict                the thing is not in a state that allows this
 │   │   ├── InvalidTransition   the job's state machine refuses
 │   │   └── IdTaken             the id belongs to a different job

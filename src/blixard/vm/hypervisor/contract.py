@@ -84,6 +84,9 @@ class Hypervisor(Protocol):
     async def save(self, machine: Machine, template: Path) -> Template:
         """Save a machine whose agent is idle as a template into a new directory, atomically. The machine is gone afterwards."""
 
+    def template_path(self, shape: MachineShape, templates: Path) -> Path:
+        """Return where the template of this shape lies or will lie, ``templates/<key>``: what is to be given to ``save``."""
+
     def find_template(self, shape: MachineShape, templates: Path) -> Template | None:
         """Return the template of this shape if there is a whole one; what is corrupt or half-written is removed, never used."""
 

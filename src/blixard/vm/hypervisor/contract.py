@@ -53,13 +53,20 @@ class Machine(Protocol):
     directory: Path
 
     async def open_agent(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect to the port that the guest's agent listens on. One connection at a time. Raises ``MachineLost``."""
+        """Connect to the port that the guest's agent listens on. One connection at a time. Raises ``MachineLost``.
+
+        The port is one endless stream for the guest: it does not see that one connection ended and another began.
+        """
 
     async def pause(self) -> None:
         """Stop its processors. Raises ``MachineLost``."""
 
     async def resume(self) -> None:
         """Let them go on. Raises ``MachineLost``."""
+
+    @property
+    def console(self) -> str:
+        """The last few KB that the guest and the hypervisor printed; for messages about a guest that does not come up."""
 
     def private_memory(self) -> int:
         """Bytes that this machine alone occupies on the host; 0 when gone."""
@@ -82,16 +89,42 @@ class Hypervisor(Protocol):
         """
 
     async def save(self, machine: Machine, template: Path) -> Template:
-        """Save a machine whose agent is idle as a template into a new directory, atomically. The machine is gone afterwards."""
+        """Save a machine whose agent is idle as a template into a new directory, atomically.
+
+        The machine is gone afterwards, whether or not it could be saved; ``template`` is whole or not there. What stood
+        there before is replaced. ``templates / template_key(shape)`` is where ``find_template`` looks.
+        Raises ``MachineLost``, ``StoreFull`` (the disk is full), ``StoreUnavailable`` (it cannot be written).
+        """
+
+    def template_key(self, shape: MachineShape) -> str:
+        """Return the name of the shape's template on this host: a hash of all that it depends on. May probe, as ``info`` does."""
 
     def template_path(self, shape: MachineShape, templates: Path) -> Path:
         """Return where the template of this shape lies or will lie, ``templates/<key>``: what is to be given to ``save``."""
 
     def find_template(self, shape: MachineShape, templates: Path) -> Template | None:
-        """Return the template of this shape if there is a whole one; what is corrupt or half-written is removed, never used."""
+        """Return the template of this shape if there is a whole one; what is corrupt or half-written is removed, never used.
+
+        Reads and checks all of its memory the first time in a process: a few tenths of a second, safe to call in a thread.
+        """
 
     async def clone(self, machine_id: str, template: Template, directory: Path) -> Machine:
-        """Start a copy-on-write copy of the template, running when this returns. Raises ``MachineLost``, ``NotEnoughMemory``."""
+        """Start a copy-on-write copy of the template, running when this returns. ``directory`` is as in ``boot``.
+
+        Raises ``MachineLost``, ``NotEnoughMemory``, ``NotFound`` (the template is gone or corrupt: save it anew).
+        """
 
     async def snapshot(self, machine: Machine, template: Path) -> Template:
-        """Save a paused copy of a living machine, which goes on. ``clone`` of it is a fork."""
+        """Save a copy of a living machine, which stands still meanwhile and then goes on as it was. ``clone`` of it is a fork.
+
+        Raises as ``save`` does, and ``NotEnoughMemory``.
+        """
+
+    def end_orphans(self, directory: Path) -> int:
+        """End the machines whose directories are below ``directory`` and whose manager is dead; return how many there were.
+
+        They are known by the lock that they hold, never by a number. The directories stay. Blocking, for a moment.
+        """
+
+    def close(self) -> None:
+        """Give back the memory of opened templates. Machines go on. Allowed twice."""

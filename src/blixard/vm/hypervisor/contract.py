@@ -92,15 +92,15 @@ class Hypervisor(Protocol):
         """Save a machine whose agent is idle as a template into a new directory, atomically.
 
         The machine is gone afterwards, whether or not it could be saved; ``template`` is whole or not there. What stood
-        there before is replaced. ``templates / template_key(shape)`` is where ``find_template`` looks.
+        there before is replaced. ``template_path`` says where ``find_template`` looks.
         Raises ``MachineLost``, ``StoreFull`` (the disk is full), ``StoreUnavailable`` (it cannot be written).
         """
 
-    def template_key(self, shape: MachineShape) -> str:
-        """Return the name of the shape's template on this host: a hash of all that it depends on. May probe, as ``info`` does."""
-
     def template_path(self, shape: MachineShape, templates: Path) -> Path:
-        """Return where the template of this shape lies or will lie, ``templates/<key>``: what is to be given to ``save``."""
+        """Return where the template of this shape lies or will lie, ``templates/<key>``: what is to be given to ``save``.
+
+        ``<key>`` is a hash of all that a template depends on, the host's accelerator among it: may probe, as ``info`` does.
+        """
 
     def find_template(self, shape: MachineShape, templates: Path) -> Template | None:
         """Return the template of this shape if there is a whole one; what is corrupt or half-written is removed, never used.

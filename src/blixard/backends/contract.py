@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -47,6 +47,13 @@ class ExecutionObserver(Protocol):
 
     def output(self, at: int, stream: Stream, data: bytes) -> None:
         """The job wrote ``data``. In order within a stream; both streams together never exceed the spec's ``max_output_bytes``."""
+
+
+class EndObserver(ExecutionObserver, Protocol):
+    """Hears of the end, too."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """The attempt has ended so, and nothing of it is left. Called exactly once and last; must not raise."""
 
 
 class StopReason(enum.StrEnum):
@@ -91,6 +98,14 @@ class ExecutionBackend(Protocol):
 
     def interrupt(self, ref: AttemptRef, reason: StopReason) -> None:
         """Ask for an early end of one attempt; ``execute`` returns soon. Unknown or ended attempts are ignored."""
+
+
+@runtime_checkable
+class BulkBackend(ExecutionBackend, Protocol):
+    """A backend for thousands of short jobs a second: a coroutine for each would cost more than the job."""
+
+    def submit(self, execution: Execution, observer: EndObserver) -> None:
+        """Do what ``execute`` does, but return at once; the observer hears the outcome, perhaps before this returns."""
 
 
 BackendFactory = Callable[["BackendSettings"], ExecutionBackend]

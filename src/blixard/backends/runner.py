@@ -7,7 +7,9 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +17,17 @@ import msgspec
 
 from blixard.backends.attempt import Attempt
 from blixard.backends.contract import Stream
-from blixard.backends.executor.messages import STDERR_TAG, STDOUT_TAG, Answer, decode_answer, decode_call
+from blixard.backends.executor.messages import (
+    NOTED_TAG,
+    NUMBER_BYTES,
+    STDERR_TAG,
+    STDOUT_TAG,
+    Answer,
+    decode_answer,
+    decode_calls,
+)
 from blixard.backends.packets import InvalidPacket, PacketReader, close_all, packet_pair, send_packet
+from blixard.backends.pipeline import Pipeline
 from blixard.backends.zygote.client import ZygoteClient
 from blixard.backends.zygote.messages import (
     KILL,
@@ -39,6 +50,7 @@ PIPE_BYTES = 1024 * 1024
 _READ_BYTES = 256 * 1024
 _MAX_READS = 64
 """Reads from one pipe before other events get their turn."""
+_DATA = 1 + NUMBER_BYTES
 _OUTPUT = {STDOUT_TAG[0]: Stream.STDOUT, STDERR_TAG[0]: Stream.STDERR}
 
 
@@ -74,10 +86,13 @@ class Runner:
         """The job's own code may have run."""
         self.has_answered = False
         self.is_broken = False
+        self._heard_at = 0
+        """When the newest answer that was heard was given, microseconds since 1970."""
         self._held: tuple[Attempt, Answer] | None = None
         self._control: socket.socket | None = None
         self._channel: socket.socket | None = None
         self._far_end: socket.socket | None = None
+        self._pipeline: Pipeline | None = None
         self._pipes: dict[Stream, int] = {}
         self._listens_to_pipes = False
         self._has_channel = False
@@ -115,6 +130,9 @@ class Runner:
             for sock in (self._channel, self._far_end):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BYTES)
             self._reader = PacketReader(self._channel)
+            if not self.is_single_use:
+                self._pipeline = Pipeline()
+                self._pipeline.join(self._channel)
             theirs[Role.CHANNEL] = os.dup(self._far_end.fileno())
         for stream, role in ((Stream.STDOUT, Role.STDOUT), (Stream.STDERR, Role.STDERR)):
             self._pipes[stream], theirs[role] = os.pipe2(os.O_CLOEXEC)
@@ -128,8 +146,8 @@ class Runner:
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def send(self, attempt: Attempt, packet: bytes) -> bool:
-        """Put a call behind those that were sent. False: there is no room now."""
+    def send(self, attempts: Sequence[Attempt], packet: bytes) -> bool:
+        """Put calls, in one packet of ``Calls``, behind those that were sent. False: there is no room now."""
         assert self._channel is not None
         if self._listens_to_pipes and not self.is_single_use:
             self._ignore_pipes()
@@ -139,42 +157,63 @@ class Runner:
             return False
         if not self.sent:
             self.head_since = self._loop.time()
-        self.sent.append(attempt)
+        self.sent.extend(attempts)
+        if self._pipeline is not None:
+            self._pipeline.allow([attempt.number for attempt in attempts])
         return True
 
+    def with_it(self) -> list[Attempt]:
+        """Return the attempts that are not through: sent, or waiting for the end of the process."""
+        return [*self.sent, *([] if self._held is None else [self._held[0]])]
+
     def settle(self) -> list[Attempt]:
-        """Take back every call that the process has not seen, and hear every answer that it has given.
+        """Take back every call that the process has not begun, and hear every answer that it has given.
 
         After this at most one call is with the process: the one that runs.
         """
         taken = self._take_back()
-        self.read_answers()
+        self.hear()
         return taken
 
     def _take_back(self) -> list[Attempt]:
-        if self._far_end is None:
-            return []
-        numbers = set()
-        reader = PacketReader(self._far_end, is_hasty=True)
-        with contextlib.suppress(BlockingIOError):
-            while (received := reader.receive()) is not None:
-                close_all(received[1])
-                numbers.add(decode_call(received[0]).number)
+        numbers = self._take_back_unread() if self._pipeline is None else self._pipeline.take_back()
         taken = [attempt for attempt in self.sent if attempt.number in numbers]
         if taken:
             self.sent = deque(attempt for attempt in self.sent if attempt.number not in numbers)
         return taken
 
+    def _take_back_unread(self) -> set[int]:
+        numbers: set[int] = set()
+        if self._far_end is None:
+            return numbers
+        reader = PacketReader(self._far_end, is_hasty=True)
+        with contextlib.suppress(BlockingIOError):
+            while (received := reader.receive()) is not None:
+                close_all(received[1])
+                numbers.update(call.number for call in decode_calls(received[0]).calls)
+        return numbers
+
+    def hear(self) -> None:
+        """Hear every answer that was given until now, told or only noted, and the output before each."""
+        if self.is_broken:
+            return
+        try:
+            # Looked at first: the output of every call that is noted now lies in the channel already.
+            newest = 0 if self._pipeline is None else self._pipeline.look()
+            self.read_answers()
+            self._take_noted(newest + 1)
+        except (InvalidPacket, msgspec.DecodeError, IndexError):
+            self._break()
+
     def read_answers(self) -> None:
         """Hear everything that lies in the channel."""
-        if self._channel is None:
-            return
         with contextlib.suppress(BlockingIOError):
             for _ in range(MAX_PACKETS):
                 if self._channel is None or self.is_broken:
                     return
                 if not self._receive():
-                    return
+                    break
+        self._date_head()
 
     def _receive(self) -> bool:
         try:
@@ -196,10 +235,31 @@ class Runner:
 
     def _take(self, packet: memoryview | bytes) -> None:
         stream = _OUTPUT.get(packet[0])
-        if stream is None:
-            self._take_answer(decode_answer(packet))
-        elif self.sent:
-            self.sent[0].write(stream, bytes(packet[1:]))
+        if stream is not None:
+            self._take_output(stream, int.from_bytes(packet[1:_DATA], "little"), bytes(packet[_DATA:]))
+        elif packet[0] == NOTED_TAG[0]:
+            self._catch_up(int.from_bytes(packet[1:_DATA], "little") + 1)
+        else:
+            answer = decode_answer(packet)
+            self._catch_up(answer.number)
+            self._take_answer(answer)
+
+    def _take_output(self, stream: Stream, number: int, data: bytes) -> None:
+        self._catch_up(number)
+        if self.sent and self.sent[0].number == number:  # else a process speaks that the job of an earlier call forked
+            self.sent[0].write(stream, data)
+
+    def _catch_up(self, number: int) -> None:
+        """Take the answers to all calls before this one."""
+        if self._pipeline is not None and self.sent and self.sent[0].number < number:
+            self._pipeline.look()
+            self._take_noted(number)
+
+    def _take_noted(self, before: int) -> None:
+        if self._pipeline is not None:
+            for answer in self._pipeline.noted_before(before):
+                self._take_answer(answer)
+            self._date_head()
 
     def _take_answer(self, answer: Answer) -> None:
         attempt = self.sent[0]
@@ -207,13 +267,21 @@ class Runner:
             raise InvalidPacket("executors answer in the order of the calls")
         self.sent.popleft()
         self.has_answered = True
-        self.head_since = self._loop.time()
-        self._read_native_output(attempt, answer)
+        self._heard_at = answer.finished_at
+        if answer.native_stdout or answer.native_stderr:
+            self._read_native_output(attempt, answer)
         if answer.retire is None and not self.is_single_use:
             self._owner.answered(self, attempt, answer)
         else:  # the outcome waits until nothing of the process is left
             self.is_ending = True
             self._held = (attempt, answer)
+
+    def _date_head(self) -> None:
+        """The call that runs began when the last answer was given, which may have been a while before it was heard."""
+        if self._heard_at:
+            now = self._loop.time()
+            self.head_since = min(now, max(self.head_since, now - time.time() + self._heard_at / 1e6))
+            self._heard_at = 0
 
     def _read_native_output(self, attempt: Attempt, answer: Answer) -> None:
         for stream, count in ((Stream.STDOUT, answer.native_stdout), (Stream.STDERR, answer.native_stderr)):
@@ -239,7 +307,7 @@ class Runner:
 
     def _read_pipe(self, stream: Stream) -> None:
         if not self.is_single_use:
-            self.read_answers()  # if the call has ended, what is in the pipe was counted by its answer
+            self.hear()  # if the call has ended, what is in the pipe was counted by its answer
             if not self.sent:
                 self._drain_leftover(stream)
                 return
@@ -293,8 +361,7 @@ class Runner:
 
     def _end(self, message: Exited | SpawnFailed | None) -> None:
         """Hear all that is left to hear, then tell the owner."""
-        unread = self._take_back()
-        self.read_answers()
+        unread = self.settle()
         for stream in list(self._pipes):
             self._read_some(stream, 1 << 30)
         self.is_gone = True
@@ -309,8 +376,10 @@ class Runner:
             if sock is not None:
                 self._loop.remove_reader(sock)
                 sock.close()
+        if self._pipeline is not None:
+            self._pipeline.close()
         for descriptor in self._pipes.values():
             self._loop.remove_reader(descriptor)
             os.close(descriptor)
-        self._control = self._channel = self._far_end = None
+        self._control = self._channel = self._far_end = self._pipeline = None
         self._pipes = {}

@@ -8,15 +8,23 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import itertools
 from collections import deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from blixard.backends.attempt import MAX_SPAWNS, Attempt, Pace
-from blixard.backends.contract import BackendInfo, BackendSettings, Execution, ExecutionObserver, StopReason
-from blixard.backends.executor.messages import Answer, Call, Task, encode
+from blixard.backends.attempt import MAX_BATCH, MAX_BATCH_BYTES, MAX_SPAWNS, Attempt, Pace, Waiter
+from blixard.backends.contract import (
+    BackendInfo,
+    BackendSettings,
+    EndObserver,
+    Execution,
+    ExecutionObserver,
+    StopReason,
+)
+from blixard.backends.executor.messages import Answer, Call, Calls, Task, encode
 from blixard.backends.outcomes import ended_early, now, outcome_of_answer, outcome_of_exit, refused, timed_out
 from blixard.backends.runner import Runner
 from blixard.backends.slots import Slots
@@ -74,7 +82,6 @@ class RunnerBackend(abc.ABC):
         self._slots.join(self)
         self._waiting: deque[Attempt] = deque()
         self._attempts: dict[AttemptRef, Attempt] = {}
-        self._runners: dict[Attempt, Runner] = {}
         self._alive: set[Runner] = set()
         self._executors: list[Runner] = []  # those of _alive that can be reused
         self._known: dict[int, _Known] = {}
@@ -134,35 +141,38 @@ class RunnerBackend(abc.ABC):
         await asyncio.to_thread(self._remove_directories)
 
     async def execute(self, execution: Execution, observer: ExecutionObserver) -> Outcome:
-        if self._is_stopping or not self._is_started:
-            return ended_early(OutcomeKind.RELEASED, "")
-        self._number += 1
-        attempt = Attempt(self._number, execution, observer, asyncio.get_running_loop().create_future())
-        self._attempts[execution.ref] = attempt
-        is_first = not self._waiting
-        self._waiting.append(attempt)
-        if is_first:
-            self._dispatch()
+        waiter = Waiter(observer)
+        self.submit(execution, waiter)
         try:
-            return await attempt.future
-        except asyncio.CancelledError:
-            await self._kill_cancelled(attempt)
+            return await waiter.outcome()
+        except asyncio.CancelledError:  # our caller was: end the job, and return when nothing of it is left
+            if execution.ref in self._attempts:
+                self.interrupt(execution.ref, StopReason.KILL)
+                await waiter.outcome()
             raise
+
+    def submit(self, execution: Execution, observer: EndObserver) -> None:
+        if self._is_stopping or not self._is_started:
+            observer.ended(ended_early(OutcomeKind.RELEASED, ""))
+            return
+        attempt = Attempt(execution, observer)
+        self._attempts[execution.ref] = attempt
+        self._waiting.append(attempt)
+        if self._soon is None:
+            self._dispatch_soon()
 
     def interrupt(self, ref: AttemptRef, reason: StopReason) -> None:
         attempt = self._attempts.get(ref)
         if attempt is None or attempt.is_done:
             return
-        runner = self._runners.get(attempt)
-        if runner is not None and not runner.is_single_use:
-            self._requeue(runner.settle())
-            runner = self._runners.get(attempt)
+        if attempt.runner is not None and not attempt.runner.is_single_use:
+            self._requeue(attempt.runner.settle())
         if attempt.is_done:
             return
-        if runner is None:
+        if attempt.runner is None:
             self._interrupt_waiting(attempt, reason)
         else:
-            self._interrupt_running(attempt, runner, reason)
+            self._interrupt_running(attempt, attempt.runner, reason)
         self._dispatch_soon()
 
     # -- interrupts ---------------------------------------------------------------------------------------------------
@@ -184,12 +194,6 @@ class RunnerBackend(abc.ABC):
             attempt.ending = OutcomeKind.LOST
             runner.kill()
 
-    async def _kill_cancelled(self, attempt: Attempt) -> None:
-        """Our caller was cancelled: end the job, and return when nothing of it is left."""
-        attempt.future = asyncio.get_running_loop().create_future()
-        self.interrupt(attempt.execution.ref, StopReason.KILL)
-        await attempt.future
-
     # -- dispatch -----------------------------------------------------------------------------------------------------
 
     def _dispatch_soon(self) -> None:
@@ -203,28 +207,31 @@ class RunnerBackend(abc.ABC):
             self._soon = None
         while self._waiting and not self._is_stopping:
             attempt = self._waiting[0]
+            placed = 1
             if not attempt.is_done:
                 try:
-                    if not self._place(attempt):
-                        break
+                    placed = self._place(attempt)
                 except Refused as refusal:
                     self._finish(attempt, refusal.outcome)
-            self._waiting.popleft()
+            if not placed:
+                break
+            for _ in range(placed):
+                self._waiting.popleft()
         self._arm_tick()
 
-    def _place(self, attempt: Attempt) -> bool:
-        """Start the attempt or put it behind another one. False: it must wait."""
+    def _place(self, attempt: Attempt) -> int:
+        """Start the first attempt that waits or put it, and more of its kind, behind others. Return how many found a place."""
         known = self._known_of(attempt.execution)
-        if known.warm is not None and not attempt.execution.inputs and attempt.execution.stdin is None:
+        if known.warm is not None and _may_share(attempt.execution):
             return self._place_warm(attempt, known.warm, known.pace)
         if not self._slots.may_take(self):
-            return False
+            return 0
         plan = self.plan(attempt.execution)
         if plan.is_warm:
             if known.warm is None:
                 known.warm = plan
             return self._place_warm(attempt, plan, known.pace)
-        return self._launch(attempt, plan)
+        return int(self._launch(attempt, plan))
 
     def _known_of(self, execution: Execution) -> _Known:
         spec = execution.spec
@@ -248,39 +255,65 @@ class RunnerBackend(abc.ABC):
     def _is_idle(self, runner: Runner) -> bool:
         return not runner.is_single_use and not runner.sent and not runner.is_ending
 
-    def _place_warm(self, attempt: Attempt, plan: Plan, pace: Pace) -> bool:
+    def _place_warm(self, attempt: Attempt, plan: Plan, pace: Pace) -> int:
         if self._slots.must_yield(self):
-            return False
-        best: Runner | None = None
-        for runner in self._executors:
-            if runner.code == plan.code and not runner.is_ending:
-                if not runner.sent:
-                    best = runner
-                    break
-                if len(runner.sent) < min(runner.depth, pace.depth) and (
-                    best is None or len(runner.sent) < len(best.sent)
-                ):
-                    best = runner
+            return 0
+        best = self._best_executor(plan, pace)
         if self._slots.may_take(self):
             if best is None or best.sent:
                 best = self._spawn_executor(plan) or best
         elif best is not None and not best.sent:
-            return False
-        return best is not None and self._send(best, attempt, plan, pace)
+            return 0
+        return 0 if best is None else self._send(best, self._batch(attempt, best, pace), plan, pace)
 
-    def _send(self, runner: Runner, attempt: Attempt, plan: Plan, pace: Pace) -> bool:
-        runner.depth = min(runner.depth, pace.depth) if runner.sent else pace.depth
-        if not runner.send(attempt, encode(self._call(attempt, plan))):
-            return False
-        self._runners[attempt] = runner
-        return True
+    def _best_executor(self, plan: Plan, pace: Pace) -> Runner | None:
+        """Return one of this code that is idle, else the one with the fewest calls before it that has room."""
+        best: Runner | None = None
+        for runner in self._executors:
+            if runner.code == plan.code and not runner.is_ending:
+                if not runner.sent:
+                    return runner
+                if len(runner.sent) < min(runner.depth, pace.depth) and (
+                    best is None or len(runner.sent) < len(best.sent)
+                ):
+                    best = runner
+        return best
 
-    def _call(self, attempt: Attempt, plan: Plan) -> Call:
-        execution = attempt.execution
-        namespace, job_id, number = execution.ref.namespace, execution.ref.job_id, execution.ref.attempt
-        assert plan.task is not None
-        inputs = input_places(execution) if plan.is_warm else ()
-        return Call(attempt.number, namespace, job_id, number, plan.task, execution.arguments, inputs)
+    def _batch(self, first: Attempt, runner: Runner, pace: Pace) -> list[Attempt]:
+        """Return the first attempt and those right behind it that may go with it in one packet: a fair share of all that wait."""
+        share = -(-len(self._waiting) // self.settings.slots)
+        most = min(share, MAX_BATCH, self._depth(runner, pace) - len(runner.sent))
+        batch = [first]
+        if most <= 1 or not _may_share(first.execution):
+            return batch
+        spec, namespace = first.execution.spec, first.execution.ref.namespace
+        size = len(first.execution.arguments)
+        for attempt in itertools.islice(self._waiting, 1, most):
+            execution = attempt.execution
+            size += len(execution.arguments)
+            if execution.spec is not spec or execution.ref.namespace != namespace or size > MAX_BATCH_BYTES:
+                break
+            if attempt.is_done or not _may_share(execution):
+                break
+            batch.append(attempt)
+        return batch
+
+    def _depth(self, runner: Runner, pace: Pace) -> int:
+        return min(runner.depth, pace.depth) if runner.sent else pace.depth
+
+    def _send(self, runner: Runner, batch: Sequence[Attempt], plan: Plan, pace: Pace | None) -> int:
+        """Return how many were sent: all or none."""
+        for number, attempt in enumerate(batch, self._number + 1):
+            attempt.number = number
+        self._number += len(batch)
+        depth = 1 if pace is None else self._depth(runner, pace)
+        if not runner.send(batch, encode(_calls(batch, plan))):
+            return 0
+        runner.depth = depth
+        for attempt in batch:
+            attempt.runner = runner
+            attempt.pace = pace
+        return len(batch)
 
     def _spawn_executor(self, plan: Plan) -> Runner | None:
         """Start an executor; one of other code that has nothing to do makes room for it."""
@@ -296,10 +329,10 @@ class RunnerBackend(abc.ABC):
         if runner is None:
             return False
         attempt.started_at = now()
-        self._runners[attempt] = runner
         if plan.task is not None:
-            runner.send(attempt, encode(self._call(attempt, plan)))
+            self._send(runner, [attempt], plan, None)
         else:
+            attempt.runner = runner
             runner.sent.append(attempt)
             runner.head_since = asyncio.get_running_loop().time()
         return True
@@ -383,16 +416,16 @@ class RunnerBackend(abc.ABC):
     # -- what runners tell --------------------------------------------------------------------------------------------
 
     def answered(self, runner: Runner, attempt: Attempt, answer: Answer) -> None:
-        self._runners.pop(attempt, None)
-        if not runner.is_single_use:
-            self._known_of(attempt.execution).pace.learn(answer.duration)
+        attempt.runner = None
+        if attempt.pace is not None:
+            attempt.pace.learn(answer.duration)
         if attempt.ending is not None:
             self._finish(attempt, self._early_outcome(attempt, answer.started_at))
         else:
             self._finish(attempt, outcome_of_answer(answer))
         if runner.is_ending and not runner.is_gone:
             runner.kill()  # the job was told to end and did so nicely; its executor has heard the signal, too
-        if self._waiting:
+        if self._waiting and self._soon is None:
             self._dispatch_soon()
         if not runner.sent:
             self._slots.freed()
@@ -407,7 +440,7 @@ class RunnerBackend(abc.ABC):
                 attempt.trouble = end.message
         self._requeue(unread, count=not runner.sent and not runner.has_answered)
         for attempt in runner.sent:
-            self._runners.pop(attempt, None)
+            attempt.runner = None
             self._finish_without_answer(attempt, runner, end)
         runner.sent.clear()
         if not self._alive:
@@ -448,7 +481,7 @@ class RunnerBackend(abc.ABC):
     def _requeue(self, attempts: list[Attempt], *, count: bool = False) -> None:
         """Put attempts that nothing has begun back to the front, in their order. ``count``: their runner failed them."""
         for attempt in reversed(attempts):
-            self._runners.pop(attempt, None)
+            attempt.runner = None
             attempt.spawns += count
             if attempt.ending is not None:
                 self._finish(attempt, self._early_outcome(attempt, None))
@@ -468,7 +501,7 @@ class RunnerBackend(abc.ABC):
     # -- the tick -----------------------------------------------------------------------------------------------------
 
     def _arm_tick(self) -> None:
-        if self._tick is None and (self._runners or self._waiting):
+        if self._tick is None and (self._waiting or any(runner.sent for runner in self._alive)):
             self._tick = asyncio.get_running_loop().call_later(TICK_SECONDS, self._on_tick)
 
     def _on_tick(self) -> None:
@@ -479,7 +512,7 @@ class RunnerBackend(abc.ABC):
         self._dispatch()
 
     def _look_at(self, runner: Runner) -> None:
-        runner.read_answers()  # a late tick must not punish a job that has ended in time
+        runner.hear()  # a late tick must not punish a job that has ended in time
         time = asyncio.get_running_loop().time()
         elapsed = time - runner.head_since
         if not runner.sent or runner.is_gone or elapsed < TICK_SECONDS:
@@ -513,10 +546,10 @@ class RunnerBackend(abc.ABC):
     # -- stopping -----------------------------------------------------------------------------------------------------
 
     async def _end_runners(self) -> None:
-        for attempt, runner in list(self._runners.items()):
+        for runner in list(self._alive):
             self._requeue(runner.settle())
-            if attempt in self._runners and attempt.ending is None:
-                attempt.ending = OutcomeKind.LOST
+            for attempt in runner.with_it():
+                attempt.ending = attempt.ending or OutcomeKind.LOST
         for attempt in list(self._waiting):
             self._finish(attempt, ended_early(OutcomeKind.RELEASED, ""))
         self._waiting.clear()
@@ -554,6 +587,21 @@ def python_task(execution: Execution, root: str | None) -> bytes:
         case _:
             raise TypeError(f"{type(spec.payload).__name__} is not Python")
     return encode(task)
+
+
+def _may_share(execution: Execution) -> bool:
+    """Whether the plan of its spec is its own, too."""
+    return not execution.inputs and execution.stdin is None
+
+
+def _calls(batch: Sequence[Attempt], plan: Plan) -> Calls:
+    assert plan.task is not None
+    calls = []
+    for attempt in batch:
+        execution = attempt.execution
+        inputs = input_places(execution) if plan.is_warm else ()
+        calls.append(Call(attempt.number, execution.ref.job_id, execution.ref.attempt, execution.arguments, inputs))
+    return Calls(batch[0].execution.ref.namespace, plan.task, tuple(calls))
 
 
 def input_places(execution: Execution) -> tuple[InputPlace, ...]:

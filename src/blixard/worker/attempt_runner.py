@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,21 +36,50 @@ class AttemptRunner:
         self._logs = logs
         self._clock = clock
 
+    def begin(self, held: HeldAttempt) -> bool:
+        """Hand it to its backend and return True if nothing must be awaited before. Then ``held`` hears of its end."""
+        bulk = held.kind.bulk
+        if bulk is None or held.claim.arguments_blob is not None:
+            return False
+        if held.digests:
+            ready = self._files.pin_ready(held.digests)
+            if ready is None:
+                return False
+            held.blobs = ready
+        claim = held.claim
+        held.phase = Phase.EXECUTING
+        try:
+            bulk.submit(
+                Execution(
+                    ref=held.ref,
+                    spec=held.kind.spec,
+                    arguments=bytes(claim.arguments),
+                    inputs=claim.inputs,
+                    blobs=held.blobs,
+                ),
+                held,
+            )
+        except Exception as error:  # the edge of a job: one that breaks a backend must not end the others
+            logger.exception("the backend broke under %s", held.ref)
+            held.ended(outcomes.broken(error))
+        return True
+
     async def execute(self, held: HeldAttempt) -> Outcome:
         """Bring what the job needs, and run it. Repeats while the store cannot be reached, until interrupted."""
-        blobs: Mapping[str, Path] = {}
         try:
             if held.digests:
                 found = self._files.pin_ready(held.digests) or await self._move(held, self._fetch(held))
                 if found is None:
                     return outcomes.not_started(held.stop_reason or StopReason.RELEASE)
-                blobs = found
-            return await self._run(held, blobs)
+                held.blobs = found
+            return await self._run(held)
         except (BlixardError, OSError) as error:
             return outcomes.not_prepared(error)
-        finally:
-            if blobs:
-                self._files.unpin(blobs)
+
+    def release(self, held: HeldAttempt) -> None:
+        """It has ended: its blobs may go."""
+        if held.blobs:
+            self._files.unpin(held.blobs)
 
     def interrupt(self, held: HeldAttempt, reason: StopReason) -> None:
         """Stop it early. What has ended is only stopped from storing its output, and only if the lease is lost."""
@@ -73,7 +102,7 @@ class AttemptRunner:
         stored = await self._move(held, self._store(held, outcome))
         return stored if stored is not None else outcome
 
-    async def _run(self, held: HeldAttempt, blobs: Mapping[str, Path]) -> Outcome:
+    async def _run(self, held: HeldAttempt) -> Outcome:
         if held.stop_reason is not None:
             return outcomes.not_started(held.stop_reason)
         backend = held.kind.backend
@@ -82,8 +111,10 @@ class AttemptRunner:
         claim = held.claim
         arguments = bytes(claim.arguments)
         if claim.arguments_blob is not None:
-            arguments = await asyncio.to_thread(blobs[claim.arguments_blob].read_bytes)
-        execution = Execution(ref=held.ref, spec=held.kind.spec, arguments=arguments, inputs=claim.inputs, blobs=blobs)
+            arguments = await asyncio.to_thread(held.blobs[claim.arguments_blob].read_bytes)
+        execution = Execution(
+            ref=held.ref, spec=held.kind.spec, arguments=arguments, inputs=claim.inputs, blobs=held.blobs
+        )
         held.phase = Phase.EXECUTING
         try:
             return await backend.execute(execution, held)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from blixard.backends.contract import ExecutionBackend, StopReason, Stream
+from blixard.backends.contract import BulkBackend, ExecutionBackend, StopReason, Stream
 from blixard.domain.lease import AttemptRef, ClaimedJob
+from blixard.domain.outcome import Outcome
 from blixard.domain.spec import JobSpec
 
 
@@ -27,6 +29,7 @@ class Phase(enum.Enum):
 class AttemptListener(Protocol):
     def attempt_started(self, held: HeldAttempt, at: int) -> None: ...
     def attempt_wrote(self, held: HeldAttempt, at: int, stream: Stream, data: bytes) -> None: ...
+    def attempt_ended(self, held: HeldAttempt, outcome: Outcome) -> None: ...
 
 
 class ResolvedSpec(msgspec.Struct, frozen=True):
@@ -34,6 +37,8 @@ class ResolvedSpec(msgspec.Struct, frozen=True):
 
     spec: JobSpec
     backend: ExecutionBackend | None
+    bulk: BulkBackend | None
+    """The same one, if it takes attempts without a coroutine for each."""
     digests: tuple[str, ...]
     bundle: str | None
     is_sized: bool
@@ -42,7 +47,19 @@ class ResolvedSpec(msgspec.Struct, frozen=True):
 class HeldAttempt:
     """Listens to its own execution, so that a job costs one object and not two."""
 
-    __slots__ = ("claim", "digests", "has_output", "kind", "listener", "lost", "moving", "phase", "ref", "stop_reason")
+    __slots__ = (
+        "blobs",
+        "claim",
+        "digests",
+        "has_output",
+        "kind",
+        "listener",
+        "lost",
+        "moving",
+        "phase",
+        "ref",
+        "stop_reason",
+    )
 
     def __init__(self, claim: ClaimedJob, kind: ResolvedSpec, listener: AttemptListener) -> None:
         self.ref: AttemptRef = claim.ref
@@ -57,6 +74,8 @@ class HeldAttempt:
         """Why it is to end before it started."""
         self.moving: asyncio.Task[object] | None = None
         """Brings its blobs here, or its output and result away."""
+        self.blobs: dict[str, Path] = {}
+        """Kept here for it."""
         self.digests: tuple[str, ...] = kind.digests
         if claim.inputs or claim.arguments_blob:
             self.digests += (*(i.digest for i in claim.inputs), *filter(None, [claim.arguments_blob]))
@@ -67,3 +86,6 @@ class HeldAttempt:
     def output(self, at: int, stream: Stream, data: bytes) -> None:
         self.has_output = True
         self.listener.attempt_wrote(self, at, stream, data)
+
+    def ended(self, outcome: Outcome) -> None:
+        self.listener.attempt_ended(self, outcome)

@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from blixard.backends.contract import ExecutionBackend, StopReason, Stream
+from blixard.backends.contract import BulkBackend, ExecutionBackend, StopReason, Stream
 from blixard.domain.lease import AttemptRef, ClaimedJob, FinishedAttempt, StartedAttempt, SyncReply, SyncRequest
 from blixard.domain.limits import MAX_CLAIM, MIB
 from blixard.domain.outcome import Outcome, OutcomeKind
@@ -72,6 +72,7 @@ class Session:
         self._lease_seconds = lease_seconds
         self._gateway = gateway
         self._backends = backends
+        self._bulk = {place: backend for place, backend in backends.items() if isinstance(backend, BulkBackend)}
         self._options = options
         self._clock = clock
         self._files = files
@@ -96,6 +97,7 @@ class Session:
         self._killed = False
         self._ending: SessionEnd | None = None
         self._over = asyncio.Event()
+        self._all_ended = asyncio.Event()
         self._timers: list[asyncio.TimerHandle] = []
 
     async def run(self) -> SessionEnd:
@@ -107,12 +109,15 @@ class Session:
                     self._tasks.create_task(self._logs.run(), name="ship output"),
                     self._tasks.create_task(self._watch_lease(), name="watch the lease"),
                 ]
-                self._plan()
-                await self._over.wait()
-                for helper in helpers:
-                    helper.cancel()
-                self._link.close()
-                self._drop_all()
+                try:
+                    self._plan()
+                    await self._over.wait()
+                finally:
+                    for helper in helpers:
+                        helper.cancel()
+                    self._link.close()
+                    self._drop_all()
+                    await self._until_all_ended()
         finally:
             for timer in [*self._timers, *filter(None, [self._pause])]:
                 timer.cancel()
@@ -190,6 +195,21 @@ class Session:
     def attempt_wrote(self, held: HeldAttempt, at: int, stream: Stream, data: bytes) -> None:
         if not held.lost:
             self._logs.write(held.ref, at, stream, data)
+
+    def attempt_ended(self, held: HeldAttempt, outcome: Outcome) -> None:
+        self._runner.release(held)
+        if held.kind.is_sized:
+            self._capacity.give_back(held.kind.spec)
+            self._launch_waiting()
+        if outcome.started_at and outcome.finished_at:
+            self._appetite.heard((outcome.finished_at - outcome.started_at) / 1e6, self._clock.monotonic())
+        self._note_end(held)
+        if self._killed and outcome.kind is OutcomeKind.LOST:
+            outcome = outcomes.given_back(outcome)
+        if not held.lost and (held.has_output or self._runner.is_large(outcome)):
+            self._tasks.create_task(self._store(held, outcome))
+        else:
+            self._settle(held, outcome)
 
     # Syncs
 
@@ -291,6 +311,7 @@ class Session:
         return ResolvedSpec(
             spec=spec,
             backend=self._backends.get((type_, requirements.isolation)),
+            bulk=self._bulk.get((type_, requirements.isolation)),
             digests=tuple(blobs_of(payload)),
             bundle=payload.bundle if isinstance(payload, FunctionPayload | ScriptPayload) else None,
             is_sized=requirements.cpus is not None or requirements.memory_mb is not None,
@@ -308,32 +329,35 @@ class Session:
 
     def _launch(self, held: HeldAttempt) -> None:
         held.phase = Phase.PREPARING
-        self._tasks.create_task(self._carry_out(held))
+        if not self._runner.begin(held):
+            self._tasks.create_task(self._carry_out(held))
 
     def _launch_waiting(self) -> None:
         while self._waiting and self._capacity.take(self._waiting[0].kind.spec):
             self._launch(self._waiting.popleft())
 
     async def _carry_out(self, held: HeldAttempt) -> None:
-        outcome = await self._runner.execute(held)
-        if held.kind.is_sized:
-            self._capacity.give_back(held.kind.spec)
-            self._launch_waiting()
-        if outcome.started_at and outcome.finished_at:
-            self._appetite.heard((outcome.finished_at - outcome.started_at) / 1e6, self._clock.monotonic())
-        held.phase = Phase.ENDED
-        self._active -= 1
-        if self._killed and outcome.kind is OutcomeKind.LOST:
-            outcome = outcomes.given_back(outcome)
-        if not held.lost and (held.has_output or self._runner.is_large(outcome)):
-            outcome = await self._runner.store(held, outcome)
-        self._settle(held, outcome)
+        self.attempt_ended(held, await self._runner.execute(held))
+
+    async def _store(self, held: HeldAttempt, outcome: Outcome) -> None:
+        self._settle(held, await self._runner.store(held, outcome))
 
     def _end(self, held: HeldAttempt, outcome: Outcome) -> None:
         """End an attempt that was never launched."""
+        self._note_end(held)
+        self._settle(held, outcome)
+
+    def _note_end(self, held: HeldAttempt) -> None:
         held.phase = Phase.ENDED
         self._active -= 1
-        self._settle(held, outcome)
+        if not self._active:
+            self._all_ended.set()
+
+    async def _until_all_ended(self) -> None:
+        """Wait for the backends; what they run without a coroutine of ours is no task of the group."""
+        while self._active:
+            self._all_ended.clear()
+            await self._all_ended.wait()
 
     def _settle(self, held: HeldAttempt, outcome: Outcome) -> None:
         if held.lost:

@@ -9,10 +9,10 @@ import time
 from typing import NoReturn
 
 from blixard.backends.executor.calls import Ending, FunctionCaller, run_script
-from blixard.backends.executor.messages import Answer, Call, Task, decode_call, decode_task, encode
+from blixard.backends.executor.line import DirectLine, PipelinedLine
+from blixard.backends.executor.messages import Answer, Call, Calls, Task, decode_task
 from blixard.backends.executor.output import Streams
 from blixard.backends.executor.traces import Environment, Surroundings, unread_bytes, wait_until_read
-from blixard.backends.packets import PacketReader, send_packet
 from blixard.backends.workspace import place_inputs
 from blixard.backends.zygote.kernel import adopt_orphans
 from blixard.backends.zygote.messages import Launch
@@ -38,10 +38,9 @@ class Executor:
     def __init__(self, channel: socket.socket, launch: Launch) -> None:
         if launch.plan is None:
             adopt_orphans()
-        self._channel = channel
         self._pid = os.getpid()
-        self._reader = PacketReader(channel)
-        self._streams = Streams(channel)
+        self._line = DirectLine(channel) if launch.single_use else PipelinedLine(channel)
+        self._streams = Streams(channel, self._line)
         self._streams.install()
         self._launch = launch
         self._callers: dict[bytes, tuple[Task, FunctionCaller]] = {}
@@ -52,21 +51,18 @@ class Executor:
         self.exit_code = 0
 
     def run(self) -> None:
-        while self._calls_left:
-            received = self._reader.receive()
-            if received is None:
-                return
+        while self._calls_left and (found := self._line.next()) is not None:
             self._calls_left -= 1
-            answer = self._run(decode_call(received[0]))
+            answer = self._run(*found)
             if answer.retire is not None:
                 self._calls_left = 0
-            send_packet(self._channel, encode(answer))
+            self._line.answer(answer)
             if answer.native_stdout or answer.native_stderr:
                 wait_until_read((1, 2))  # else the next call's output could not be told from this one's
 
-    def _run(self, call: Call) -> Answer:
-        task, caller = self._find(call.task)
-        self._environment.set_up(task.environment, _variables_of(call))
+    def _run(self, calls: Calls, call: Call) -> Answer:
+        task, caller = self._find(calls.task)
+        self._environment.set_up(task.environment, _variables_of(calls, call))
         started_ns = time.time_ns()
         ending, duration = self._end(call, task, caller)
         if os.getpid() != self._pid:
@@ -100,7 +96,9 @@ class Executor:
             return "used once"
         self._environment.restore()
         assert self._surroundings is not None
-        return self._surroundings.restore(is_thorough=True) or (None if self._calls_left else "worn out")
+        return self._surroundings.restore(is_thorough=self._line.is_at_rest) or (
+            None if self._calls_left else "worn out"
+        )
 
     def _find(self, encoded: bytes) -> tuple[Task, FunctionCaller]:
         known = self._callers.get(encoded)
@@ -149,9 +147,9 @@ class Executor:
         self._surroundings = Surroundings(places)
 
 
-def _variables_of(call: Call) -> dict[str, str]:
+def _variables_of(calls: Calls, call: Call) -> dict[str, str]:
     return {
         "BLIXARD_JOB_ID": call.job_id,
         "BLIXARD_ATTEMPT": str(call.attempt),
-        "BLIXARD_NAMESPACE": call.namespace,
+        "BLIXARD_NAMESPACE": calls.namespace,
     }

@@ -9,8 +9,21 @@ from blixard.domain.outcome import AttemptError
 
 STDOUT_TAG = b"1"
 STDERR_TAG = b"2"
-"""First byte of a packet of output. Any other packet is an answer: its first byte is msgpack's of an array."""
+"""First byte of a packet of output; the number of the call follows, then the data."""
+NOTED_TAG = b"3"
+"""First byte of a packet that tells: the answer to the call with this number, and those before it, are in the journal.
+
+Any other packet is an answer: its first byte is msgpack's of an array.
+"""
+JOIN = b"join"
+"""First packet to a reusable executor; its ends of the pipes for tickets and journal come with it."""
 MAX_OUTPUT_CHUNK = 32 * 1024
+NUMBER_BYTES = 8
+"""Of the number of a call, in a ticket and in packets of output; little-endian."""
+LENGTH_BYTES = 2
+"""Of the length before every answer in the journal; little-endian."""
+MAX_NOTED_BYTES = 256
+"""A larger answer goes through the channel. So the answers to all that one executor can have before it fit into a pipe."""
 
 
 class Task(msgspec.Struct, frozen=True, array_like=True):
@@ -25,15 +38,24 @@ class Task(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True):
-    """Run one attempt. ``task`` is the msgpack of a ``Task``."""
+    """Run one attempt."""
 
     number: int
-    namespace: str
     job_id: str
     attempt: int
-    task: bytes
     arguments: bytes
     inputs: tuple[InputPlace, ...] = ()
+
+
+class Calls(msgspec.Struct, frozen=True, array_like=True):
+    """Calls of one spec and namespace, to be run in this order. ``task`` is the msgpack of a ``Task``.
+
+    A reusable executor begins each only when it has taken the ticket with its number; one without a ticket was taken back.
+    """
+
+    namespace: str
+    task: bytes
+    calls: tuple[Call, ...]
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):
@@ -56,6 +78,6 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
 
 
 encode = msgspec.msgpack.encode
-decode_call = msgspec.msgpack.Decoder(Call).decode
+decode_calls = msgspec.msgpack.Decoder(Calls).decode
 decode_task = msgspec.msgpack.Decoder(Task).decode
 decode_answer = msgspec.msgpack.Decoder(Answer).decode

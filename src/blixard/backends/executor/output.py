@@ -6,7 +6,7 @@ import contextlib
 import io
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from blixard.backends.executor.messages import MAX_OUTPUT_CHUNK, STDERR_TAG, STDOUT_TAG
 
@@ -14,18 +14,26 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
+class CurrentCall(Protocol):
+    """Knows whose output it is."""
+
+    number: bytes
+
+
 class ChannelWriter(io.RawIOBase):
     """Sends every write at once; a slow reader makes the job wait. Its descriptor is the pipe that child processes write to."""
 
-    def __init__(self, channel: socket.socket, tag: bytes, descriptor: int) -> None:
+    def __init__(self, channel: socket.socket, current: CurrentCall, tag: bytes, descriptor: int) -> None:
         self._channel = channel
+        self._current = current
         self._tag = tag
         self._descriptor = descriptor
 
     def write(self, data: ReadableBuffer, /) -> int:
         view = memoryview(data).cast("B")
+        head = self._tag + self._current.number
         for start in range(0, len(view), MAX_OUTPUT_CHUNK):
-            self._channel.send(self._tag + view[start : start + MAX_OUTPUT_CHUNK])
+            self._channel.send(head + view[start : start + MAX_OUTPUT_CHUNK])
         return len(view)
 
     def writable(self) -> bool:
@@ -38,8 +46,9 @@ class ChannelWriter(io.RawIOBase):
 class Streams:
     """Puts our two streams into ``sys`` and sees to it that they are there for every job."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, current: CurrentCall) -> None:
         self._channel = channel
+        self._current = current
         self._open()
 
     def _open(self) -> None:
@@ -47,7 +56,7 @@ class Streams:
         self._stderr = self._text(STDERR_TAG, 2, "backslashreplace")
 
     def _text(self, tag: bytes, descriptor: int, errors: str) -> io.TextIOWrapper:
-        writer = ChannelWriter(self._channel, tag, descriptor)
+        writer = ChannelWriter(self._channel, self._current, tag, descriptor)
         # A raw writer in place of a buffered one: what is written to sys.stdout.buffer must not overtake or wait.
         return io.TextIOWrapper(writer, encoding="utf-8", errors=errors, newline="\n", line_buffering=True)  # type: ignore[arg-type]  # typeshed wants read methods too
 

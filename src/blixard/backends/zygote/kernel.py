@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FIONREAD = 0x541B  # asm-generic/ioctls.h; Python's termios has it under the same name
-IN_MOVED_TO = 0x80  # linux/inotify.h
+IN_MOVED_FROM = 0x40  # linux/inotify.h
+IN_MOVED_TO = 0x80
 IN_CREATE = 0x100
-IN_DELETE_SELF = 0x400
-IN_MOVE_SELF = 0x800
+IN_DELETE = 0x200
 IN_ONLYDIR = 0x1000000
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/prctl.2.html
 PR_SET_CHILD_SUBREAPER = 36
@@ -47,13 +47,14 @@ def count_unread(descriptor: int) -> int:
 
 
 class Watch:
-    """Says whether anything has been put into one of the directories, or one of them moved: one system call, whatever their number.
+    """Says whether anything has come into or gone from one of the directories, or one of them was replaced: one system call for all.
 
     Raises ``OSError`` when the kernel gives no more of these to this user, or a directory is not there.
     """
 
     def __init__(self, directories: Iterable[str]) -> None:
-        self._directories = tuple(directories)
+        paths = tuple(directories)
+        self._directories = {*paths, *map(os.path.dirname, paths)}
         self._descriptor = _checked(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK), "inotify_init1")
         try:
             self._add()
@@ -75,7 +76,7 @@ class Watch:
         os.close(self._descriptor)
 
     def _add(self) -> None:
-        mask = IN_CREATE | IN_MOVED_TO | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
+        mask = IN_CREATE | IN_MOVED_TO | IN_DELETE | IN_MOVED_FROM | IN_ONLYDIR
         for path in self._directories:
             _checked(_libc.inotify_add_watch(self._descriptor, os.fsencode(path), ctypes.c_uint32(mask)), path)
 

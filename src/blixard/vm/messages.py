@@ -20,13 +20,18 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     """Base of all messages."""
 
 
+class Asking(Message, frozen=True, kw_only=True):
+    """One that a caller waits for."""
+
+    ticket: str
+
+
 # Commands to the router
 
 
-class RouteJob(Message, frozen=True, kw_only=True):
+class RouteJob(Asking, frozen=True, kw_only=True):
     """Give this job a machine: of its own, or a service machine of its namespace; ``vm_id`` names the one it must be."""
 
-    ticket: str
     need: VmNeed
     job_id: str = ""
     vm_id: str | None = None
@@ -38,29 +43,26 @@ class AbandonRoute(Message, frozen=True, kw_only=True):
     ticket: str
 
 
-class ReturnVm(Message, frozen=True, kw_only=True):
+class ReturnVm(Asking, frozen=True, kw_only=True):
     """The job of ``lease`` (the ticket of its ``RouteJob``) has ended."""
 
-    ticket: str
     lease: str
     broken: bool = False
 
 
-class StartServiceVm(Message, frozen=True, kw_only=True):
+class StartServiceVm(Asking, frozen=True, kw_only=True):
     """Start one that waits for jobs of the namespace."""
 
-    ticket: str
     need: VmNeed
 
 
-class StopVm(Message, frozen=True, kw_only=True):
-    ticket: str
+class StopVm(Asking, frozen=True, kw_only=True):
     vm_id: str
     cause: str = "stopped by hand"
 
 
-class StopRouting(Message, frozen=True, kw_only=True):
-    """Refuse what waits and what comes; end every machine."""
+class StopRouting(Asking, frozen=True, kw_only=True):
+    """Refuse what waits and what comes; end every machine. Answered when none is left."""
 
     cause: str
 
@@ -89,38 +91,34 @@ class StopMachine(Message, frozen=True, kw_only=True):
     cause: str
 
 
-class PauseVm(Message, frozen=True, kw_only=True):
-    ticket: str
+class PauseVm(Asking, frozen=True, kw_only=True):
     vm_id: str
 
 
-class ResumeVm(Message, frozen=True, kw_only=True):
-    ticket: str
+class ResumeVm(Asking, frozen=True, kw_only=True):
     vm_id: str
 
 
-class SnapshotVm(Message, frozen=True, kw_only=True):
-    """Save a copy of a running machine; answered with the snapshot's name. ``then_fork``: start a copy of it, too, held for a person until it is stopped; answered with its id.
+class SnapshotVm(Asking, frozen=True, kw_only=True):
+    """Save a copy of a running machine; answered with the snapshot's name. ``then_fork``: start a copy of it, too,
+    held for a person until it is stopped; answered with its id.
 
     To fork, ``vm_id`` may also name a snapshot that was taken before.
     """
 
-    ticket: str
     vm_id: str
     then_fork: bool = False
 
 
-class ReachVm(Message, frozen=True, kw_only=True):
+class ReachVm(Asking, frozen=True, kw_only=True):
     """Answer the ticket with the link to the machine's agent, for a program beside the job."""
 
-    ticket: str
     vm_id: str
 
 
-class PrepareShape(Message, frozen=True, kw_only=True):
+class PrepareShape(Asking, frozen=True, kw_only=True):
     """Make image and template of the shape, if they are not there."""
 
-    ticket: str
     shape: VmShape
 
 
@@ -140,10 +138,9 @@ class Tick(Message, frozen=True, kw_only=True):
     at: float
 
 
-class CheckNow(Message, frozen=True, kw_only=True):
+class CheckNow(Asking, frozen=True, kw_only=True):
     """Ping one machine without waiting for its turn; answered with its health."""
 
-    ticket: str
     vm_id: str
 
 

@@ -119,6 +119,8 @@ class VmRouter:
         """What the pool keeps ready: the shape of the last job that wanted a machine of its own."""
         self._pool_rests = False
         self._stopped = ""
+        self._last_words: list[str] = []
+        """Wait until there are no machines any more."""
         self._out: list[Message] = []
 
     @property
@@ -135,6 +137,9 @@ class VmRouter:
         self._take(message)
         self._serve_waiting()
         self._fill_pool()
+        if self._last_words and not self._vms:
+            self._out += [Answered(ticket=ticket) for ticket in self._last_words]
+            self._last_words.clear()
         return self._out
 
     def _take(self, message: Message) -> None:
@@ -150,7 +155,7 @@ class VmRouter:
             case StopVm():
                 self._stop_by_hand(message)
             case StopRouting():
-                self._stop_all(message.cause)
+                self._stop_all(message)
             case SnapshotTaken() if message.then_fork:
                 self._fork(message)
             case MachineReady() | MachinePaused() | MachineResumed() | MachineGone():
@@ -486,8 +491,9 @@ class VmRouter:
         vm.closers.append(message.ticket)
         self._stop(vm, message.cause)
 
-    def _stop_all(self, cause: str) -> None:
-        self._stopped = cause
+    def _stop_all(self, message: StopRouting) -> None:
+        cause = self._stopped = message.cause
+        self._last_words.append(message.ticket)
         for wish in list(self._waiting.values()):
             self._refuse(wish, VmUnavailable(cause))
         for vm in self._vms.values():

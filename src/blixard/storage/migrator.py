@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 
 import apsw
@@ -19,7 +19,7 @@ from blixard.errors import InternalError, StoreUnavailable
 
 _FILE = re.compile(r"(?P<number>\d{4})_(?P<name>[a-z0-9_]+)\.sql")
 _PHASE = re.compile(r"-- phase: (?P<phase>before|after)")
-_TABLE = """
+MIGRATIONS_TABLE = """
 CREATE TABLE IF NOT EXISTS schema_migrations (
     number INTEGER NOT NULL PRIMARY KEY,
     name TEXT NOT NULL,
@@ -92,7 +92,7 @@ def migrate(connection: apsw.Connection, migrations: Sequence[Migration], *, app
 def _apply_next(connection: apsw.Connection, migrations: Sequence[Migration], applied_at: int) -> bool:
     connection.execute("BEGIN IMMEDIATE")
     try:
-        connection.execute(_TABLE)
+        connection.execute(MIGRATIONS_TABLE)
         pending = _pending(connection, migrations)
         if pending:
             _apply(connection, pending[0], applied_at)
@@ -115,8 +115,14 @@ def _apply(connection: apsw.Connection, migration: Migration, applied_at: int) -
 
 
 def _pending(connection: apsw.Connection, migrations: Sequence[Migration]) -> tuple[Migration, ...]:
-    """Return what is not applied yet, after checking that what is applied is what this code knows."""
-    done = _applied(connection)
+    return find_pending(_applied(connection), migrations)
+
+
+def find_pending(done: Mapping[int, str], migrations: Sequence[Migration]) -> tuple[Migration, ...]:
+    """Return what is not applied yet, after checking that what is applied (number to digest) is what this code knows.
+
+    Raises ``StoreUnavailable`` for a schema newer than this code, ``InternalError`` for an applied file that was changed.
+    """
     newest = max(done, default=0)
     if newest > len(migrations):
         raise StoreUnavailable(

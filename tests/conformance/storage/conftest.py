@@ -10,8 +10,10 @@ from obstore.store import MemoryStore
 
 from blixard.storage.blobs import BlobStore, LocalBlobStore, ObjectBlobStore
 from blixard.storage.database import Database, Statement
+from blixard.storage.hiqlite.database import HiqliteDatabase
 from blixard.storage.logs import LocalLogStore, LogStore
 from blixard.storage.sqlite import MEMORY, SqliteDatabase
+from tests.cluster.addresses import make_single
 
 SCHEMA = """-- phase: before
 CREATE TABLE items (
@@ -45,10 +47,14 @@ def migrations(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["memory", "file", "cluster"])
 async def database(request: pytest.FixtureRequest, tmp_path: Path, migrations: Path) -> AsyncIterator[Database]:
-    path = MEMORY if request.param == "memory" else tmp_path / "data" / "blixard.db"
-    made = SqliteDatabase(path, migrations=migrations)
+    made: Database
+    if request.param == "cluster":
+        made = HiqliteDatabase(make_single(tmp_path / "node"), migrations=migrations)
+    else:
+        path = MEMORY if request.param == "memory" else tmp_path / "data" / "blixard.db"
+        made = SqliteDatabase(path, migrations=migrations)
     await made.open()
     yield made
     await made.close()

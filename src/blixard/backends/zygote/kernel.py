@@ -20,6 +20,7 @@ IN_ONLYDIR = 0x1000000
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/prctl.2.html
 PR_SET_CHILD_SUBREAPER = 36
 
+_NONE = bytes(4)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -41,9 +42,8 @@ def adopt_orphans() -> None:
 
 def count_unread(descriptor: int) -> int:
     """Return how many bytes can be read now from a pipe, either end of it, or an inotify descriptor. Raises ``OSError``."""
-    count = bytearray(4)
-    fcntl.ioctl(descriptor, FIONREAD, count)
-    return int.from_bytes(count, sys.byteorder)
+    count = fcntl.ioctl(descriptor, FIONREAD, _NONE)
+    return 0 if count == _NONE else int.from_bytes(count, sys.byteorder)
 
 
 class Watch:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blixard.errors import BlixardError, Conflict, InternalError, LimitExceeded, MachineLost, VmNotFound
+from blixard.errors import BlixardError, Conflict, InternalError, LimitExceeded, MachineLost, NotFound, VmNotFound
 from blixard.vm.agent_link import GuestNetwork, fresh_identity
 from blixard.vm.hypervisor.contract import Hypervisor, Machine, Template
 from blixard.vm.messages import (
@@ -294,19 +294,27 @@ class VmPool:
 
     async def _begin(self, guest: Guest) -> None:
         """Clone, connect, reseed. What was begun is found in ``guest`` and ended by ``_end``, whatever happens."""
-        template = self._snapshots[guest.template][0] if guest.template else await self._shelf.get(guest.shape)
         guest.directory.mkdir(mode=0o700)
+        template = await self._template_of(guest)
         try:
             async with asyncio.timeout(self._start_timeout):
-                guest.machine = await self._hypervisor.clone(guest.id, template, guest.directory)
+                guest.machine = await self._clone(guest, template)
                 guest.link = await self._connect(guest.machine, self._start_timeout)
                 await self._reseed(guest)
-        except (MachineLost, TimeoutError) as error:
-            if not guest.template:
-                self._shelf.forget(template)
-            if isinstance(error, TimeoutError):
-                raise MachineLost(f"it was not ready within {self._start_timeout:g} s") from error
-            raise
+        except TimeoutError as error:
+            raise MachineLost(f"it was not ready within {self._start_timeout:g} s") from error
+
+    async def _clone(self, guest: Guest, template: Template) -> Machine:
+        try:
+            return await self._hypervisor.clone(guest.id, template, guest.directory)
+        except NotFound:  # somebody removed it, or it has rotted: it is made anew, once
+            if guest.template:
+                raise
+            self._shelf.forget(template)
+            return await self._hypervisor.clone(guest.id, await self._shelf.get(guest.shape), guest.directory)
+
+    async def _template_of(self, guest: Guest) -> Template:
+        return self._snapshots[guest.template][0] if guest.template else await self._shelf.get(guest.shape)
 
     async def _reseed(self, guest: Guest) -> None:
         assert guest.link is not None

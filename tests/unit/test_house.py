@@ -50,6 +50,7 @@ BROAD_EXCEPTS = {
     "blixard.cli.checks:_judge": "the edge of one check of `doctor`: what it met is its answer",
     "blixard.cli.main:run_command_line": "the edge of a command: told to the user, exit code 125",
     "blixard.sdk.values:_serialises": "asks only whether it works: any class may refuse in its own way",
+    "blixard.storage.hiqlite.lane:_carry": "answered to everybody whose call was in the batch",
     "blixard.storage.reader:_run": "answered to the caller on another thread",
     "blixard.storage.writer:_apply_all": "answered to the owner of the operation, so that one bad row fails only its owner",
     "blixard.storage.writer:_commit_batch": "answered to everybody whose operation was in the batch",

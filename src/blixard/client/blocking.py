@@ -46,6 +46,7 @@ class _Portal:
         self._connect = connect
         self._loop = asyncio.new_event_loop()
         self._client: AsyncClient | None = None
+        self._opening = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="blixard client", daemon=True)
         self._thread.start()
@@ -88,9 +89,10 @@ class _Portal:
                 self._loop.close()
 
     async def _run(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> R:
-        if self._client is None:
-            client = self._connect()
-            self._client = await client.__aenter__()
+        async with self._opening:  # or two first calls at once would open two clients
+            if self._client is None:
+                client = self._connect()
+                self._client = await client.__aenter__()
         return await work(self._client)
 
     async def _start(self, work: Callable[[AsyncClient], Coroutine[None, None, None]]) -> asyncio.Task[None]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         WorkerLost,
     )
     from blixard.sdk.app import App
+    from blixard.sdk.collecting import as_completed, as_completed_async, gather, gather_async
+    from blixard.sdk.executor import Executor, JobFuture
     from blixard.sdk.function import JobFunction
     from blixard.sdk.handle import JobHandle
 
@@ -41,12 +43,14 @@ __all__ = [
     "CallerError",
     "Client",
     "ConfigError",
+    "Executor",
     "InvalidRequest",
     "Isolation",
     "JobCancelled",
     "JobError",
     "JobFailed",
     "JobFunction",
+    "JobFuture",
     "JobHandle",
     "JobNotFound",
     "JobState",
@@ -56,6 +60,10 @@ __all__ = [
     "Unavailable",
     "WaitTimedOut",
     "WorkerLost",
+    "as_completed",
+    "as_completed_async",
+    "gather",
+    "gather_async",
     "open_client",
 ]
 
@@ -63,12 +71,18 @@ _HOMES = {
     "App": "blixard.sdk.app",
     "AsyncClient": "blixard.client",
     "Client": "blixard.client",
+    "Executor": "blixard.sdk.executor",
     "Isolation": "blixard.domain.requirements",
     "JobFunction": "blixard.sdk.function",
+    "JobFuture": "blixard.sdk.executor",
     "JobHandle": "blixard.sdk.handle",
     "JobState": "blixard.domain.state_machine",
     "OutcomeKind": "blixard.domain.outcome",
     "RetryPolicy": "blixard.domain.retry",
+    "as_completed": "blixard.sdk.collecting",
+    "as_completed_async": "blixard.sdk.collecting",
+    "gather": "blixard.sdk.collecting",
+    "gather_async": "blixard.sdk.collecting",
     "open_client": "blixard.client",
 }
 

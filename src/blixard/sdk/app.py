@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack, overload
 
 from blixard.domain.payload import Encoding
@@ -12,6 +14,7 @@ from blixard.errors import InvalidRequest
 from blixard.sdk.function import JobFunction
 from blixard.sdk.handle import JobHandle
 from blixard.sdk.options import JobOptions, OptionArguments
+from blixard.sdk.patience import Patience
 
 if TYPE_CHECKING:
     from blixard.bundling import Bundler
@@ -50,6 +53,8 @@ class App:
         self._client = client
         self._bundler: Bundler | None = None
         self._uploaded: set[str] = set()
+        self._files: dict[tuple[str, int, int], str] = {}
+        self.patience = Patience()
         self._lock = threading.Lock()
 
     @overload
@@ -72,7 +77,7 @@ class App:
 
         Raises ``InvalidRequest`` for an unknown encoding; whether there is such a job tells the first use of the handle.
         """
-        return JobHandle(self.client, job_id, JobOptions().changed({"encoding": encoding}).encoding)
+        return JobHandle(self.client, job_id, JobOptions().changed({"encoding": encoding}).encoding, self.patience)
 
     @property
     def client(self) -> Client:
@@ -99,6 +104,34 @@ class App:
             if len(self._uploaded) >= MAX_REMEMBERED_UPLOADS:
                 self._uploaded.clear()
             self._uploaded.add(digest)
+
+    async def upload_file(self, client: AsyncClient, path: str) -> str:
+        """Send a file and return its digest; once, as long as its size and time stay the same."""
+        status = os.stat(path)  # noqa: PTH116 - one look at a local file
+        stamp = (path, status.st_size, status.st_mtime_ns)
+        if stamp not in self._files:
+            digest = await client.put_blob(Path(path))
+            if len(self._files) >= MAX_REMEMBERED_UPLOADS:
+                self._files.clear()
+            self._files[stamp] = digest
+        return self._files[stamp]
+
+    def forget_uploads(self) -> None:
+        """Send everything again with the next submission."""
+        self._uploaded.clear()
+        self._files.clear()
+
+    @contextmanager
+    def using(self, client: Client) -> Iterator[None]:
+        """Talk to another client meanwhile, with nothing uploaded there yet. Its owner closes it."""
+        with self._lock:
+            before = (self._client, self._uploaded, self._files, self.patience)
+            self._client, self._uploaded, self._files, self.patience = client, set(), {}, Patience()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._client, self._uploaded, self._files, self.patience = before
 
     def close(self) -> None:
         """Close the client, if it was opened. Allowed twice."""

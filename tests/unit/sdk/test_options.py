@@ -13,7 +13,7 @@ from blixard.domain.payload import Encoding, FunctionPayload
 from blixard.domain.requirements import Isolation, JobRequirements, VmMode
 from blixard.domain.spec import JobSpec
 from blixard.errors import InvalidRequest
-from blixard.sdk.options import JobOptions, OptionArguments
+from blixard.sdk.options import TAKES, JobOptions, OptionArguments
 from tests.unit.cli.fake_client import FakeClient
 from tests.unit.sdk import jobs
 
@@ -49,7 +49,7 @@ EVERY_OPTION: list[tuple[Options, Options]] = [
     ({"tags": ["x", "y"]}, {"tags": ("x", "y")}),
     ({"max_output_bytes": 10}, {"max_output_bytes": 10}),
 ]
-ELSEWHERE = {"encoding", "include", "priority"}
+ELSEWHERE = {"encoding", "include", "input", "priority"}
 """What is not part of the spec: see the tests below."""
 
 
@@ -91,7 +91,7 @@ def test_an_unknown_option_lists_those_that_exist() -> None:
     [
         ({"retries": "3"}, "retries", "no whole number"),
         ({"retries": True}, "retries", "no whole number"),
-        ({"retries": -1}, "retry.retries", "0 to"),
+        ({"retries": -1}, "retries", "0 to"),
         ({"timeout": 0}, "timeout", "above 0"),
         ({"timeout": -3.0}, "timeout", "above 0"),
         ({"timeout": "30s"}, "timeout", "Expected"),
@@ -102,22 +102,45 @@ def test_an_unknown_option_lists_those_that_exist() -> None:
         ({"allow_read": "/data"}, "allow_read", "a list of paths"),
         ({"allow_write": 3}, "allow_write", "a list of paths"),
         ({"allow_read": [3]}, "allow_read", "3"),
-        ({"allow_read": ["/"]}, "grants.read", "whole file system"),
+        ({"allow_read": ["/"]}, "allow_read", "whole file system"),
         ({"allow_net": "yes"}, "allow_net", "bool"),
         ({"include": "data.csv"}, "include", "a list of paths"),
         ({"tags": "nightly"}, "tags", "Expected"),
-        ({"cpus": 0}, "requirements.cpus", "above 0"),
+        ({"cpus": 0}, "cpus", "above 0"),
         ({"memory_mb": 1.5}, "memory_mb", "int"),
         ({"priority": "high"}, "priority", "int"),
         ({"name": ""}, "name", "characters"),
         ({"queue": ""}, "queue", "characters"),
         ({"retries": 1, "retry": RetryPolicy()}, "retries", "the same thing"),
+        ({"retry": RetryPolicy(factor=0)}, "retry", "factor is 0"),
+        ({"env": {"A=B": "1"}}, "env", "A=B"),
+        ({"tags": ["x"] * 33}, "tags", "33 entries"),
+        ({"vm_mode": "service", "isolation": "minimal"}, "vm_mode", "isolation standard"),
+        ({"image": "debian"}, "image", "asks for none"),
+        ({"allow_write": ["data/../.."], "isolation": 3}, "isolation", "Expected"),
+        ({"input": "data.csv"}, "input", "a list of paths"),
+        ({"input": [3]}, "input", "3 is no path"),
+        ({"input": {3: "data.csv"}}, "input", "3 is no place"),
+        ({"input": {"../data.csv": "data.csv"}}, "input", "cannot be the place"),
+        ({"input": ["/a/data.csv", "/b/data.csv"]}, "input", "would both be data.csv"),
+        ({"input": {f"f{number}": "data.csv" for number in range(257)}}, "input", "MAX_INPUTS"),
     ],
 )
 def test_a_wrong_value_names_the_option(options: Options, field: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words) as caught:
-        spec_of(options)
-    assert (caught.value.field or "").startswith(field)
+        JobOptions().changed(options)  # type: ignore[arg-type]  # see Options
+    assert caught.value.field == field
+    assert caught.value.hint, "it must say what to do"
+
+
+def test_the_option_that_was_meant_is_named() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        spec_of({"timout": 3})
+    assert (caught.value.field, (caught.value.hint or "").partition("?")[0]) == ("timout", "did you mean timeout")
+
+
+def test_every_option_says_what_it_takes() -> None:
+    assert set(TAKES) == set(get_type_hints(OptionArguments))
 
 
 def test_a_wrong_option_is_told_where_it_is_declared(app: App) -> None:

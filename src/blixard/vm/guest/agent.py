@@ -99,6 +99,8 @@ class Agent:
             self._epoll.unregister(descriptor)
 
     def _serve_port(self, _: int) -> None:
+        if self.port.is_muted:
+            return
         was_congested = self.port.is_congested
         self.port.flush()
         frames = self.port.receive()
@@ -240,6 +242,7 @@ class Agent:
         self.port.is_muted = False
         self.jobs_done = 0
         self._ready_room = self._ready_room or self._make_room()
+        self._serve_port(self.port.descriptor)
 
 
 def prepare_process() -> None:

@@ -29,11 +29,16 @@ class CrashMark:
 
     def clear(self) -> None:
         """After a good end: bring the database to disk, then remove the mark."""
-        for file in sorted(self._state.rglob("*")):
-            _sync(file)
-        _sync(self._state)
+        sync_tree(self._state)
         self._mark.unlink(missing_ok=True)
         _sync(self._mark.parent)
+
+
+def sync_tree(directory: Path) -> None:
+    """Bring a directory with all that is in it to disk."""
+    for path in sorted(directory.rglob("*")):
+        _sync(path)
+    _sync(directory)
 
 
 def _sync(path: Path) -> None:

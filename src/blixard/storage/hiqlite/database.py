@@ -18,6 +18,7 @@ from blixard.storage.hiqlite.consistency import LOCAL_READS
 from blixard.storage.hiqlite.crash_mark import CrashMark
 from blixard.storage.hiqlite.lane import Lane
 from blixard.storage.hiqlite.log import ReplicatedLog
+from blixard.storage.hiqlite.membership import remove_member
 from blixard.storage.hiqlite.operations import Outcome, build_statement, build_transaction, name_transaction
 from blixard.storage.hiqlite.schema import migrate
 from blixard.storage.hiqlite.settings import LOG_FILE_BYTES, NodeSettings, check_settings
@@ -65,6 +66,17 @@ class HiqliteDatabase:
             if running is not None:
                 await self._close(running)
 
+    async def abandon(self) -> None:
+        """End the node at once, as a crash would: calls that wait hear ``StoreUnavailable`` or ``OutcomeUnknown``. Nothing acknowledged is lost.
+
+        The next start builds the database anew from the log. A cluster's node takes about ten seconds for a good end; this is for who cannot wait.
+        """
+        async with self._gate:
+            running, self._running = self._running, None
+            if running is not None:
+                await asyncio.to_thread(running.node.end, END_SECONDS)
+                await running.stop()
+
     async def read(self, statement: Statement, params: Params | None = None) -> list[Row]:
         """Return all rows: the leader's, unless the statement is one of ``LOCAL_READS``. Sees what this object has acknowledged in any case."""
         running = self._check()
@@ -90,6 +102,10 @@ class HiqliteDatabase:
         """Return what this node knows about the cluster. Raises ``StoreUnavailable`` when it is not open."""
         return await self._check().node.status()
 
+    async def remove_member(self, node_id: int) -> None:
+        """Take a node out of the cluster for good; it may be dead. Raises ``ConfigError`` for one that is no member, ``StoreUnavailable`` without a leader."""
+        await remove_member(self._settings, await self.status(), node_id)
+
     def _check(self) -> _Running:
         if self._running is None:
             raise StoreUnavailable(f"the database {self._settings.data_dir} is not open")
@@ -110,7 +126,7 @@ class HiqliteDatabase:
 
     async def _start(self) -> Node:
         try:
-            return await blixard_hiqlite.start(_to_engine(self._settings))
+            return await blixard_hiqlite.start(to_engine(self._settings))
         except blixard_hiqlite.StartFailed as error:
             raise StoreUnavailable(
                 f"node {self._settings.node_id} could not start: {error}",
@@ -167,7 +183,8 @@ def _rows(outcome: Outcome) -> list[Row]:
     return cast("list[Row]", outcome)
 
 
-def _to_engine(settings: NodeSettings) -> Settings:
+def to_engine(settings: NodeSettings) -> Settings:
+    """Return the settings as the binding takes them."""
     shortest, longest = settings.election_seconds
     return {
         "node_id": settings.node_id,

@@ -128,9 +128,9 @@ class ImageNotFound(NotFound):
 
     code = "image_not_found"
 
-    def __init__(self, image: str) -> None:
+    def __init__(self, image: str, *, reason: str = "") -> None:
         super().__init__(
-            f"there is no guest image {image!r} on this machine",
+            f"there is no guest image {image!r} on this machine{': ' if reason else ''}{reason}",
             hint="`blixard image list` shows the images, `blixard image build` makes one",
         )
         self.image = image

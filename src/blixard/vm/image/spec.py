@@ -19,6 +19,10 @@ MIN_SIZE_MB, MAX_SIZE_MB = 300, 64 * 1024
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]{1,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_MIRROR = re.compile(r"https?://[^\s\[\]\"]+")
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
+_LOCAL = re.compile(r"(?:-r|-c|-e|--requirement|--constraint|--editable|-f|--find-links)\b|[./~]|(?:.*@\s*)?file:")
+"""Lines of a requirements.txt that lead to files of this host."""
 
 
 class ImageSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,9 +57,9 @@ class ImageSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def canonical_requirements(text: str) -> list[str]:
-    """Return the lines that mean something, without comments, in order: a later option of pip may depend on an earlier one."""
-    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
-    return [line for line in lines if line]
+    """Return the lines that mean something, without comments and in order: an option of pip counts for what follows it."""
+    lines = (re.sub(r"(^|\s)#.*", "", line) for line in re.sub(r"\\\r?\n", " ", text).splitlines())
+    return [" ".join(line.split()) for line in lines if line.strip()]
 
 
 def check_spec(spec: ImageSpec) -> ImageSpec:
@@ -71,6 +75,19 @@ def check_spec(spec: ImageSpec) -> ImageSpec:
             raise InvalidRequest(f"{package!r} is not a name of a Debian package", field="packages")
     if len(spec.requirements.encode()) > MAX_REQUIREMENTS_BYTES:
         raise LimitExceeded(f"requirements longer than {MAX_REQUIREMENTS_BYTES:,} bytes", field="requirements")
+    for line in canonical_requirements(spec.requirements):
+        if _LOCAL.match(line):
+            raise InvalidRequest(
+                f"an image cannot be made of what is on this machine: {line!r}",
+                field="requirements",
+                hint="name packages of PyPI or addresses of wheels, so that the same image can be built anywhere",
+            )
+    if spec.mirror and not _MIRROR.fullmatch(spec.mirror):
+        raise InvalidRequest(
+            f"{spec.mirror!r} is no address of a mirror", field="mirror", hint="e.g. http://deb.debian.org/debian"
+        )
+    if spec.as_of and not _DAY.fullmatch(spec.as_of):
+        raise InvalidRequest(f"{spec.as_of!r} is no day", field="as_of", hint="e.g. 2026-11-23")
     if spec.size_mb and not MIN_SIZE_MB <= spec.size_mb <= MAX_SIZE_MB:
         raise InvalidRequest(f"an image has {MIN_SIZE_MB} to {MAX_SIZE_MB} MB, not {spec.size_mb}", field="size_mb")
     return spec
@@ -91,9 +108,10 @@ def is_digest(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
 
 
-def hash_parts(*parts: bytes) -> str:
-    """Return one SHA-256 of several inputs; their lengths are part of it, so that none can run into the next."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
+def digest_of(inputs: dict[str, str]) -> str:
+    """Return one SHA-256 (hex) of named inputs."""
+    return hashlib.sha256(msgspec.json.encode(inputs, order="sorted")).hexdigest()
+
+
+def digest_of_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

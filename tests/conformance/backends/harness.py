@@ -45,6 +45,8 @@ class Capability(enum.StrEnum):
     """An uncaught exception of a program is told in the outcome's error, not only on stderr."""
     WARM = "warm"
     """Function jobs reuse a process."""
+    BULK = "bulk"
+    """The backend is a ``BulkBackend``, too."""
     FILES_PRIVATE = "files_private"
     """What was not granted cannot be seen or written."""
     ENVIRONMENT_PATHS = "environment_paths"

@@ -41,6 +41,7 @@ HARNESSES = [
         isolation=Isolation.MINIMAL,
         capabilities=frozenset(
             {
+                Capability.BULK,
                 Capability.SIGNALS,
                 Capability.PROCESSES,
                 Capability.MEMORY_LIMIT,

@@ -26,6 +26,7 @@ HARNESSES = [
         isolation=Isolation.STANDARD,
         capabilities=frozenset(
             {
+                Capability.BULK,
                 Capability.SIGNALS,
                 Capability.PROCESSES,
                 Capability.MEMORY_LIMIT,

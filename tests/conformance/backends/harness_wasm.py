@@ -41,6 +41,7 @@ def _make_harness(isolation: Isolation) -> BackendHarness:
             Capability.PROCESSES: "WASI has none",
             Capability.FUNCTION_STREAMS_ORDERED: "belongs to Python functions",
             Capability.PROGRAM_TRACEBACK: "a module is not known to be Python",
+            Capability.BULK: "a module's run is long enough to pay for a coroutine",
             Capability.WARM: "belongs to Python functions",
             Capability.ENVIRONMENT_PATHS: "a guest gets what the spec names and which attempt it is, nothing more",
         },

@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -53,7 +54,7 @@ class _Portal:
 
     def call(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> R:
         """Run ``work`` on the loop and return what it returns. Interrupted, it cancels it."""
-        future = asyncio.run_coroutine_threadsafe(self._run(work), self._loop)
+        future = self.begin(work)
         try:
             return future.result()
         except BaseException:
@@ -63,7 +64,11 @@ class _Portal:
 
     async def call_async(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> R:
         """Do the same from a coroutine of another loop, which stays free; cancelling it cancels the work."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._run(work), self._loop))
+        return await asyncio.wrap_future(self.begin(work))
+
+    def begin(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> Future[R]:
+        """Run ``work`` on the loop and return at once."""
+        return asyncio.run_coroutine_threadsafe(self._run(work), self._loop)
 
     def start(self, work: Callable[[AsyncClient], Coroutine[None, None, None]]) -> asyncio.Task[None]:
         """Let ``work`` go on by itself until it ends, ``stop`` or ``close``."""
@@ -179,6 +184,10 @@ class Client:
     async def call_async(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> R:
         """Do the same from a coroutine; its event loop stays free meanwhile."""
         return await self._living_portal().call_async(work)
+
+    def begin(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> Future[R]:
+        """Begin something and return at once; its end is in the future. Cancelling that cancels the work."""
+        return self._living_portal().begin(work)
 
     def start(self, work: Callable[[AsyncClient], Coroutine[None, None, None]]) -> asyncio.Task[None]:
         """Let something go on in the background until it ends, ``stop`` or ``close``. Its owner reads how it ended."""

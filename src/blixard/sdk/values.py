@@ -62,6 +62,16 @@ def decode_result(encoding: Encoding, data: bytes | None) -> object:
     """Return the value that the function returned. Pickle is only read when the job was declared with it."""
     if data is None:
         return None
+    return _decode(encoding, data)
+
+
+def decode_arguments(encoding: Encoding, data: bytes) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Return the arguments of one call as its function receives them."""
+    args, kwargs = msgspec.convert(_decode(encoding, data), tuple[list[object], dict[str, object]])
+    return tuple(args), kwargs
+
+
+def _decode(encoding: Encoding, data: bytes) -> object:
     value = msgspec.json.decode(data)
     if encoding is Encoding.JSON or value is None:
         return value

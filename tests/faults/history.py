@@ -52,11 +52,14 @@ class History:
         self.jobs = {row[0]: StoredJob(*row) for row in jobs}
         self.attempts: dict[str, list[StoredAttempt]] = defaultdict(list)
         for row in connection.execute(
-            "SELECT job_id, attempt, session, worker, claimed_at, finished_at, outcome FROM attempts ORDER BY job_id, attempt"
+            "SELECT jobs.id, a.attempt, a.session, a.worker, a.claimed_at, a.finished_at, a.outcome "
+            "FROM attempts AS a JOIN jobs ON jobs.seq = a.job ORDER BY a.job, a.attempt"
         ):
             self.attempts[row[0]].append(StoredAttempt(*row))
         self.events: dict[str, list[tuple[str, int]]] = defaultdict(list)
-        for job_id, kind, attempt in connection.execute("SELECT job_id, type, attempt FROM events ORDER BY seq"):
+        for job_id, kind, attempt in connection.execute(
+            "SELECT jobs.id, e.type, e.attempt FROM events AS e JOIN jobs ON jobs.seq = e.job ORDER BY e.seq"
+        ):
             self.events[job_id].append((kind, attempt))
 
     def check(self, acknowledged: Iterable[str]) -> None:

@@ -83,7 +83,6 @@ class JobCommandService:
             max_lost=retry.max_lost,
             now=self._clock.now(),
             batch=request.batch,
-            first_index=request.first_index,
         )
 
     async def _check_blobs(self, digests: Sequence[str]) -> None:

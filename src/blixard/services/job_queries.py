@@ -28,7 +28,7 @@ from blixard.services.signals import Signals
 from blixard.services.views import batch_view, event_view, job_detail, job_view
 from blixard.services.why import WhyService
 from blixard.storage.repositories.batches import BatchRepository
-from blixard.storage.repositories.jobs import FAR_FUTURE, JobRepository, ListingBounds
+from blixard.storage.repositories.jobs import FAR_FUTURE, JobRepository, Listed, ListingBounds
 from blixard.storage.repositories.sessions import SessionRepository
 
 MAX_WAIT_IDS = 1_000
@@ -70,12 +70,12 @@ class JobQueryService:
         if not 1 <= limit <= MAX_LIST_JOBS:
             raise LimitExceeded(f"limit is {limit}; 1 to {MAX_LIST_JOBS} is allowed", field="limit")
         bounds = _bounds(where, limit, cursor)
-        ids = await self._list_ids(namespace, where, bounds)
-        found = await self._jobs.find_many(namespace, ids) if ids else []
-        cursor_behind = _cursor(found[-1]) if found and len(ids) == limit else None
+        listed = await self._list(namespace, where, bounds)
+        found = await self._jobs.find_many(namespace, [job.id for job in listed]) if listed else []
+        cursor_behind = _cursor(listed[-1]) if len(listed) == limit else None
         return JobPage(jobs=[job_view(job) for job in found], cursor=cursor_behind)
 
-    async def _list_ids(self, namespace: str, where: JobFilter, bounds: ListingBounds) -> list[str]:
+    async def _list(self, namespace: str, where: JobFilter, bounds: ListingBounds) -> list[Listed]:
         by_spec = where.name is not None or where.tag is not None or where.queue is not None
         if where.batch is not None:
             if by_spec:
@@ -86,9 +86,7 @@ class JobQueryService:
         if by_spec:
             specs = await self._jobs.find_spec_ids(namespace, name=where.name, queue=where.queue, tag=where.tag)
             return await self._jobs.list_ids_by_spec(namespace, specs, where.states, bounds)
-        if where.states:
-            return await self._jobs.list_ids_by_state(namespace, where.states, bounds)
-        return await self._jobs.list_ids(namespace, bounds)
+        return await self._jobs.list_ids_by_state(namespace, where.states or JobState, bounds)
 
     async def wait(self, namespace: str, ids: Sequence[str], *, wait: float) -> WaitReply:
         """Return as soon as one of the jobs has ended, or one does not exist, at the latest after ``wait`` seconds (0 to 60)."""
@@ -170,16 +168,18 @@ def _bounds(where: JobFilter, limit: int, cursor: str | None) -> ListingBounds:
     until = _microseconds(where.until) if where.until else FAR_FUTURE
     if cursor is None:
         return ListingBounds(limit=limit, since=since, until=until)
-    at, _, job_id = cursor.partition(":")
-    if not (at.isascii() and at.isdecimal() and len(at) <= MAX_CURSOR_DIGITS):
+    at, _, place = cursor.partition(":")
+    if not (_is_number(at) and _is_number(place)):
         raise InvalidRequest(f"{cursor!r} is not a cursor", field="cursor", hint="take it from the page before")
-    return ListingBounds(
-        limit=limit, cursor_at=int(at), cursor=check_id(job_id, field="cursor"), since=since, until=until
-    )
+    return ListingBounds(limit=limit, cursor_at=int(at), cursor=int(place), since=since, until=until)
 
 
-def _cursor(last: Job) -> str:
-    return f"{last.metadata.created_at}:{last.id}"
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= MAX_CURSOR_DIGITS
+
+
+def _cursor(last: Listed) -> str:
+    return f"{last.created_at}:{last.place}"
 
 
 def _microseconds(moment: dt.datetime) -> int:

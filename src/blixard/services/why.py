@@ -54,7 +54,7 @@ class WhyService:
             return [_all_draining(able)]
         if not due:
             return []
-        ahead = await self._jobs.jobs_ahead(job, needs.id, MAX_COUNTED_AHEAD)
+        ahead = await self._jobs.jobs_ahead(job, MAX_COUNTED_AHEAD)
         busy = [w for w in online if w.leased >= w.offer.slots]
         return [_behind(ahead, online)] if ahead or len(busy) == len(online) else []
 

@@ -65,13 +65,16 @@ CREATE TRIGGER specs_removed AFTER DELETE ON specs BEGIN
     DELETE FROM blob_refs WHERE namespace = OLD.namespace AND owner = 'spec:' || OLD.id;
 END;
 
+-- A job is known by its id to everybody outside and by its number in here: rows and indexes are half as large as with ids in all of them.
+-- Numbers rise in the order of submission and are never given twice. One CHECK compares the state once; an IN list builds a table for every row.
 CREATE TABLE jobs (
+    seq            INTEGER PRIMARY KEY AUTOINCREMENT,
     namespace      TEXT    NOT NULL,
     id             TEXT    NOT NULL CHECK (length(id) BETWEEN 1 AND 255),
     spec_id        INTEGER NOT NULL,
     class_id       INTEGER NOT NULL,
-    state          TEXT    NOT NULL CHECK (state IN ('blocked', 'pending', 'claimed', 'in_progress', 'completed', 'failed', 'cancelled')),
-    is_ready       INTEGER NOT NULL CHECK (is_ready IN (0, 1)),
+    state          TEXT    NOT NULL,
+    is_ready       INTEGER NOT NULL,
     priority       INTEGER NOT NULL,
     run_at         INTEGER NOT NULL,
     attempt        INTEGER NOT NULL DEFAULT 0 CHECK (attempt >= 0),
@@ -93,32 +96,40 @@ CREATE TABLE jobs (
     created_at     INTEGER NOT NULL,
     updated_at     INTEGER NOT NULL,
     cancel_requested_at INTEGER,
-    outcome        TEXT    CHECK (outcome IN ('completed', 'failed', 'timed_out', 'cancelled', 'lost', 'released')),
+    outcome        TEXT,
     exit_code      INTEGER,
     result         TEXT,
     result_blob    TEXT,
     error          TEXT,
-    PRIMARY KEY (namespace, id),
-    CHECK (is_ready = 0 OR state = 'pending'),
-    CHECK ((state IN ('completed', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
-    CHECK (state NOT IN ('claimed', 'in_progress') OR (session IS NOT NULL AND claimed_at IS NOT NULL AND attempt > 0)),
-    CHECK (state <> 'completed' OR outcome = 'completed')
-) STRICT, WITHOUT ROWID;
+    UNIQUE (namespace, id),
+    CHECK (CASE state
+        WHEN 'pending' THEN is_ready BETWEEN 0 AND 1 AND finished_at IS NULL
+            AND (outcome IS NULL OR outcome IN ('failed', 'timed_out', 'lost', 'released'))
+        WHEN 'claimed' THEN is_ready = 0 AND finished_at IS NULL AND outcome IS NULL
+            AND attempt > 0 AND session IS NOT NULL AND claimed_at IS NOT NULL
+        WHEN 'completed' THEN is_ready = 0 AND finished_at IS NOT NULL AND outcome IS 'completed'
+        WHEN 'in_progress' THEN is_ready = 0 AND finished_at IS NULL AND outcome IS NULL
+            AND attempt > 0 AND session IS NOT NULL AND claimed_at IS NOT NULL
+        WHEN 'failed' THEN is_ready = 0 AND finished_at IS NOT NULL AND outcome IS NOT NULL AND outcome IN ('failed', 'timed_out', 'lost')
+        WHEN 'cancelled' THEN is_ready = 0 AND finished_at IS NOT NULL AND outcome IS 'cancelled'
+        WHEN 'blocked' THEN is_ready = 0 AND finished_at IS NULL AND outcome IS NULL
+        ELSE 0
+    END)
+) STRICT;
 
+-- An index ends with seq by itself.
 -- The claim index: due jobs only, so that a claim is a seek into each class.
-CREATE INDEX jobs_ready ON jobs (class_id, priority DESC, run_at, id) WHERE is_ready = 1;
+CREATE INDEX jobs_ready ON jobs (class_id, priority DESC, run_at) WHERE is_ready = 1;
 -- Jobs whose time has not come, for the promoter.
 CREATE INDEX jobs_waiting ON jobs (run_at) WHERE state = 'pending' AND is_ready = 0;
 -- Leases, counted and found by session.
 CREATE INDEX jobs_leased ON jobs (session, claim_number) WHERE state IN ('claimed', 'in_progress');
 -- Cancels on their way to a worker.
 CREATE INDEX jobs_cancelling ON jobs (session) WHERE cancel_requested_at IS NOT NULL AND state IN ('claimed', 'in_progress');
--- Listings, newest first: ids may be chosen by users, so they do not sort by time.
-CREATE INDEX jobs_by_creation ON jobs (namespace, created_at, id);
--- Listings by state; leased jobs are listed through jobs_leased, so a claim and a completion touch this once each.
-CREATE INDEX jobs_by_state ON jobs (namespace, state, created_at, id) WHERE state NOT IN ('claimed', 'in_progress');
+-- Listings by state, newest first, and of all states by a seek into each; leased jobs are listed through jobs_leased, so a claim and a completion touch this once each.
+CREATE INDEX jobs_by_state ON jobs (namespace, state, created_at) WHERE state NOT IN ('claimed', 'in_progress');
 -- Listings by name and tag go through the spec; the pruner asks it whether a spec is still used.
-CREATE INDEX jobs_by_spec ON jobs (spec_id, created_at, id);
+CREATE INDEX jobs_by_spec ON jobs (spec_id, created_at);
 -- What retention may remove.
 CREATE INDEX jobs_finished ON jobs (finished_at) WHERE finished_at IS NOT NULL;
 
@@ -130,8 +141,7 @@ CREATE TABLE class_counts (
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE attempts (
-    namespace   TEXT    NOT NULL,
-    job_id      TEXT    NOT NULL,
+    job         INTEGER NOT NULL,
     attempt     INTEGER NOT NULL,
     session     TEXT    NOT NULL,
     worker      TEXT    NOT NULL,
@@ -141,27 +151,30 @@ CREATE TABLE attempts (
     outcome     TEXT    NOT NULL,
     exit_code   INTEGER,
     error       TEXT,
-    PRIMARY KEY (namespace, job_id, attempt)
+    PRIMARY KEY (job, attempt)
 ) STRICT, WITHOUT ROWID;
 
+-- job is the number of a job: the event "submitted" tells its id, also when the job has been removed.
+-- batch stands on the ends of a batch's jobs only, which is what those who wait for them read.
 CREATE TABLE events (
     seq       INTEGER PRIMARY KEY,
     namespace TEXT    NOT NULL,
-    job_id    TEXT    NOT NULL,
+    job       INTEGER NOT NULL,
     type      TEXT    NOT NULL,
     attempt   INTEGER NOT NULL,
     at        INTEGER NOT NULL,
+    worker    TEXT,
     batch     TEXT,
-    worker    TEXT
+    job_id    TEXT,
+    CHECK (type <> 'submitted' OR job_id IS NOT NULL)
 ) STRICT;
 
-CREATE INDEX events_by_job ON events (namespace, job_id);
-CREATE INDEX events_of_batch ON events (namespace, batch, seq)
-    WHERE batch IS NOT NULL AND type IN ('completed', 'failed', 'cancelled');
+CREATE INDEX events_by_job ON events (job);
+CREATE INDEX events_of_batch ON events (namespace, batch) WHERE batch IS NOT NULL;
 
 CREATE TRIGGER jobs_submitted AFTER INSERT ON jobs BEGIN
-    INSERT INTO events (namespace, job_id, type, attempt, at, batch)
-    VALUES (NEW.namespace, NEW.id, 'submitted', 0, NEW.created_at, NEW.batch);
+    INSERT INTO events (namespace, job, type, attempt, at, job_id)
+    VALUES (NEW.namespace, NEW.seq, 'submitted', 0, NEW.created_at, NEW.id);
     INSERT INTO class_counts (class_id, state, n) VALUES (NEW.class_id, NEW.state, 1)
     ON CONFLICT (class_id, state) DO UPDATE SET n = n + 1;
 END;
@@ -184,9 +197,9 @@ CREATE TRIGGER jobs_changed AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.
     UPDATE class_counts SET n = n - 1 WHERE class_id = OLD.class_id AND state = OLD.state;
     INSERT INTO class_counts (class_id, state, n) VALUES (NEW.class_id, NEW.state, 1)
     ON CONFLICT (class_id, state) DO UPDATE SET n = n + 1;
-    INSERT INTO events (namespace, job_id, type, attempt, at, batch, worker)
+    INSERT INTO events (namespace, job, attempt, at, worker, batch, type, job_id)
     VALUES (
-        NEW.namespace, NEW.id,
+        NEW.namespace, NEW.seq, NEW.attempt, NEW.updated_at, NEW.worker, iif(NEW.finished_at IS NULL, NULL, NEW.batch),
         CASE
             WHEN NEW.state = 'in_progress' THEN 'started'
             WHEN NEW.state <> 'pending' THEN NEW.state
@@ -195,28 +208,28 @@ CREATE TRIGGER jobs_changed AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.
             WHEN NEW.outcome IN ('released', 'lost') THEN NEW.outcome
             ELSE 'retried'
         END,
-        NEW.attempt, NEW.updated_at, NEW.batch, NEW.worker
+        iif(OLD.state = 'blocked', NEW.id, NULL)
     );
 END;
 
 CREATE TRIGGER jobs_attempt_ended AFTER UPDATE OF state ON jobs
 WHEN OLD.state IN ('claimed', 'in_progress') AND NEW.state NOT IN ('claimed', 'in_progress') BEGIN
-    INSERT INTO attempts (namespace, job_id, attempt, session, worker, claimed_at, started_at, finished_at, outcome, exit_code, error)
+    INSERT INTO attempts (job, attempt, session, worker, claimed_at, started_at, finished_at, outcome, exit_code, error)
     VALUES (
-        NEW.namespace, NEW.id, NEW.attempt, NEW.session, NEW.worker, NEW.claimed_at, NEW.started_at,
+        NEW.seq, NEW.attempt, NEW.session, NEW.worker, NEW.claimed_at, NEW.started_at,
         coalesce(NEW.finished_at, NEW.updated_at), NEW.outcome, NEW.exit_code, NEW.error
     );
 END;
 
 CREATE TRIGGER jobs_cancel_requested AFTER UPDATE OF cancel_requested_at ON jobs
 WHEN OLD.cancel_requested_at IS NULL AND NEW.cancel_requested_at IS NOT NULL AND NEW.state IN ('claimed', 'in_progress') BEGIN
-    INSERT INTO events (namespace, job_id, type, attempt, at, batch, worker)
-    VALUES (NEW.namespace, NEW.id, 'cancel_requested', NEW.attempt, NEW.updated_at, NEW.batch, NEW.worker);
+    INSERT INTO events (namespace, job, type, attempt, at, worker)
+    VALUES (NEW.namespace, NEW.seq, 'cancel_requested', NEW.attempt, NEW.updated_at, NEW.worker);
 END;
 
 CREATE TRIGGER jobs_removed AFTER DELETE ON jobs BEGIN
     UPDATE class_counts SET n = n - 1 WHERE class_id = OLD.class_id AND state = OLD.state;
-    DELETE FROM attempts WHERE namespace = OLD.namespace AND job_id = OLD.id;
+    DELETE FROM attempts WHERE job = OLD.seq;
 END;
 
 CREATE TRIGGER jobs_removed_with_blobs AFTER DELETE ON jobs

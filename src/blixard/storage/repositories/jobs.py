@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from blixard.domain.batch import batch_job_id
 from blixard.domain.event import EventType
 from blixard.domain.job import Attempt, Job, NewJob
 from blixard.domain.state_machine import JobState
@@ -31,27 +32,33 @@ from blixard.storage.statements import Statements
 MAX_EVENTS = 1_000
 """Newest events of one job that are listed."""
 FAR_FUTURE = 1 << 62
-_AFTER_EVERY_ID = "\x7f"
 
 
 class ListingBounds(msgspec.Struct, frozen=True, kw_only=True):
-    """One page of a listing, newest first: jobs behind (``cursor_at``, ``cursor``), created in [since, until) (microseconds)."""
+    """One page of a listing, newest first: jobs behind the cursor, created in [since, until) (microseconds).
+
+    ``cursor`` is the place of a job among those created at ``cursor_at``: its number, or in a listing of a batch its index.
+    """
 
     limit: int
     cursor_at: int = FAR_FUTURE
-    cursor: str = _AFTER_EVERY_ID
+    cursor: int = FAR_FUTURE
     since: int = 0
     until: int = FAR_FUTURE
 
     def params(self, namespace: str) -> dict[str, str | int]:
-        return {
-            "namespace": namespace,
-            "limit": self.limit,
-            "cursor_at": self.cursor_at,
-            "cursor": self.cursor,
-            "since": self.since,
-            "until": self.until,
-        }
+        return {"namespace": namespace, "limit": self.limit, "since": self.since, "until": self.until}
+
+    def params_by_time(self, namespace: str) -> dict[str, str | int]:
+        return {**self.params(namespace), "cursor_at": self.cursor_at, "cursor": self.cursor}
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """A job in a listing and where to go on behind it."""
+
+    id: str
+    created_at: int
+    place: int
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -86,6 +93,23 @@ def encode_inputs(job: NewJob) -> str | None:
     return encode(job.inputs) if job.inputs else None
 
 
+def _text_of(arguments: msgspec.Raw) -> str:
+    return bytes(arguments).decode()
+
+
+def _is_plain(job: NewJob) -> bool:
+    return job.priority == 0 and job.run_at is None and job.arguments_blob is None and not job.inputs
+
+
+def _row_of(job_id: str, job: NewJob, now: int) -> tuple[object, ...]:
+    run_at = now if job.run_at is None else job.run_at
+    return job_id, job.priority, run_at, _text_of(job.arguments), job.arguments_blob, encode_inputs(job)
+
+
+def _listed(rows: list[Row]) -> list[Listed]:
+    return [Listed(text(row[0]), number(row[1]), number(row[2])) for row in rows]
+
+
 def result_of(row: Row) -> JobResult:
     """Return the result of a row of ``find_results``."""
     return JobResult(
@@ -117,21 +141,9 @@ class JobRepository:
         max_lost: int,
         now: int,
         batch: str | None = None,
-        first_index: int | None = None,
     ) -> list[str]:
-        """Store jobs under the given ids and return those that are new."""
-        rows = [
-            (
-                job_id,
-                job.priority,
-                now if job.run_at is None else job.run_at,
-                job.arguments,
-                job.arguments_blob,
-                encode_inputs(job),
-                None if first_index is None else first_index + place,
-            )
-            for place, (job_id, job) in enumerate(jobs)
-        ]
+        """Store jobs under the given ids and return those that are new. In a batch an id ends with the job's index."""
+        are_plain = all(_is_plain(job) for _, job in jobs)
         params: Params = {
             "namespace": namespace,
             "spec_id": spec.id,
@@ -140,7 +152,8 @@ class JobRepository:
             "max_retries": max_retries,
             "max_lost": max_lost,
             "batch": batch,
-            "jobs": encode(rows),
+            "plain": encode({job_id: _text_of(job.arguments) for job_id, job in jobs}) if are_plain else "{}",
+            "special": "[]" if are_plain else encode([_row_of(job_id, job, now) for job_id, job in jobs]),
         }
         return texts(await self._database.write(self._sql["add_jobs"], params))
 
@@ -168,45 +181,39 @@ class JobRepository:
         rows = await self._database.read(self._sql["find_class_of_job"], {"namespace": namespace, "id": job_id})
         return (number(rows[0][0]), bool(rows[0][1])) if rows else None
 
-    async def jobs_ahead(self, job: Job, class_id: int, limit: int) -> int:
-        """Count the due jobs of the class that come before this one, up to ``limit``."""
-        params: Params = {
-            "class_id": class_id,
-            "priority": job.priority,
-            "run_at": job.metadata.run_at,
-            "id": job.id,
-            "limit": limit,
-        }
+    async def jobs_ahead(self, job: Job, limit: int) -> int:
+        """Count the due jobs of its class that come before this one, up to ``limit``."""
+        params: Params = {"namespace": job.namespace, "id": job.id, "limit": limit}
         return number((await self._database.read(self._sql["position_in_class"], params))[0][0])
 
-    async def list_ids(self, namespace: str, bounds: ListingBounds) -> list[str]:
-        return texts(await self._database.read(self._sql["list_ids"], bounds.params(namespace)))
-
-    async def list_ids_by_state(self, namespace: str, states: Iterable[JobState], bounds: ListingBounds) -> list[str]:
-        params: Params = {**bounds.params(namespace), "states": encode(list(states))}
-        return texts(await self._database.read(self._sql["list_ids_by_state"], params))
+    async def list_ids_by_state(
+        self, namespace: str, states: Iterable[JobState], bounds: ListingBounds
+    ) -> list[Listed]:
+        params: Params = {**bounds.params_by_time(namespace), "states": encode(list(states))}
+        return _listed(await self._database.read(self._sql["list_ids_by_state"], params))
 
     async def list_ids_by_spec(
         self, namespace: str, specs: Sequence[int], states: Sequence[JobState], bounds: ListingBounds
-    ) -> list[str]:
+    ) -> list[Listed]:
         params: Params = {
-            **bounds.params(namespace),
+            **bounds.params_by_time(namespace),
             "specs": encode(specs),
             "states": encode(states),
             "any_state": not states,
         }
-        return texts(await self._database.read(self._sql["list_ids_by_spec"], params))
+        return _listed(await self._database.read(self._sql["list_ids_by_spec"], params))
 
     async def list_ids_of_batch(
         self, namespace: str, batch: str, states: Sequence[JobState], bounds: ListingBounds
-    ) -> list[str]:
+    ) -> list[Listed]:
         params: Params = {
             **bounds.params(namespace),
             "batch": batch,
+            "before": f"{batch}/" if bounds.cursor == FAR_FUTURE else batch_job_id(batch, bounds.cursor),
             "states": encode(states),
             "any_state": not states,
         }
-        return texts(await self._database.read(self._sql["list_ids_of_batch"], params))
+        return _listed(await self._database.read(self._sql["list_ids_of_batch"], params))
 
     async def find_spec_ids(self, namespace: str, *, name: str | None, queue: str | None, tag: str | None) -> list[int]:
         params: Params = {"namespace": namespace, "name": name, "queue": queue, "tag": tag}

@@ -42,7 +42,7 @@ def _claimed_of(row: Row) -> ClaimedJob:
 
 
 def _claimed_of_all(rows: list[Row]) -> list[ClaimedJob]:
-    rows.sort(key=lambda row: (-number(row[7]), row[8], row[1]))
+    rows.sort(key=lambda row: (-number(row[7]), row[8], row[9]))
     return [_claimed_of(row) for row in rows]
 
 

@@ -42,9 +42,9 @@ ORDER BY id LIMIT :limit;
 -- Jobs of a batch that ended behind a position of the outbox, as they stand now.
 SELECT e.seq, jobs.id, jobs.state, jobs.outcome, jobs.exit_code, jobs.result, jobs.result_blob, jobs.error, jobs.attempt, jobs.batch_index
 FROM (
-    SELECT seq, job_id FROM events
-    WHERE namespace = :namespace AND batch = :batch AND type IN ('completed', 'failed', 'cancelled') AND seq > :after
+    SELECT seq, job FROM events
+    WHERE namespace = :namespace AND batch = :batch AND seq > :after
     ORDER BY seq LIMIT :limit
 ) AS e
-JOIN jobs ON jobs.namespace = :namespace AND jobs.id = e.job_id
+JOIN jobs ON jobs.seq = e.job
 ORDER BY e.seq;

@@ -1,13 +1,21 @@
 -- name: add_jobs
--- Submit jobs of one spec: [[id, priority, run_at, arguments, arguments_blob, inputs, batch_index], …]. Ids that exist are left alone and not returned.
+-- Submit jobs of one spec. :plain is {id: arguments as text, …} with all else at its default; of others, :special is
+-- [[id, priority, run_at, arguments as text, arguments_blob, inputs], …]. Ids that exist are left alone and not returned.
 INSERT INTO jobs (
     namespace, id, spec_id, class_id, state, is_ready, priority, run_at, max_retries, max_lost,
     arguments, arguments_blob, inputs, batch, batch_index, created_at, updated_at
 )
 SELECT
-    :namespace, value ->> 0, :spec_id, :class_id, 'pending', (value ->> 2) <= :now, value ->> 1, value ->> 2, :max_retries, :max_lost,
-    value -> 3, value ->> 4, value ->> 5, :batch, value ->> 6, :now, :now
-FROM json_each(:jobs) WHERE true
+    :namespace, new_id, :spec_id, :class_id, 'pending', new_run_at <= :now, new_priority, new_run_at, :max_retries, :max_lost,
+    new_arguments, new_arguments_blob, new_inputs, :batch, CAST(substr(new_id, length(:batch) + 2) AS INTEGER), :now, :now
+FROM (
+    SELECT
+        key AS new_id, 0 AS new_priority, :now AS new_run_at, value AS new_arguments, NULL AS new_arguments_blob, NULL AS new_inputs
+    FROM json_each(:plain)
+    UNION ALL
+    SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 FROM json_each(:special)
+)
+WHERE true
 ON CONFLICT (namespace, id) DO NOTHING
 RETURNING id;
 
@@ -49,50 +57,44 @@ SELECT
 FROM json_each(:ids) AS wanted
 CROSS JOIN jobs ON jobs.namespace = :namespace AND jobs.id = wanted.value;
 
--- name: list_ids
--- Ids behind the cursor (created_at, id), newest first.
-SELECT id FROM jobs INDEXED BY jobs_by_creation
-WHERE namespace = :namespace AND (created_at, id) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
-ORDER BY created_at DESC, id DESC LIMIT :limit;
-
 -- name: list_ids_by_state
--- The same for some states, one seek per state; leased ones are found by session.
-SELECT id FROM (
-    SELECT picked.value ->> 0 AS created_at, picked.value ->> 1 AS id
+-- Jobs of some states behind the cursor (created_at, seq), newest first, one seek per state; leased ones are found by session.
+SELECT id, created_at, seq FROM (
+    SELECT picked.value ->> 0 AS created_at, picked.value ->> 1 AS seq, picked.value ->> 2 AS id
     FROM json_each(:states) AS wanted, json_each((
-        SELECT json_group_array(json_array(created_at, id)) FROM (
-            SELECT created_at, id FROM jobs INDEXED BY jobs_by_state
+        SELECT json_group_array(json_array(created_at, seq, id)) FROM (
+            SELECT created_at, seq, id FROM jobs INDEXED BY jobs_by_state
             WHERE namespace = :namespace AND state = wanted.value AND state NOT IN ('claimed', 'in_progress')
-                AND (created_at, id) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
-            ORDER BY created_at DESC, id DESC LIMIT :limit
+                AND (created_at, seq) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
+            ORDER BY created_at DESC, seq DESC LIMIT :limit
         )
     )) AS picked
     UNION ALL
-    SELECT created_at, id FROM jobs INDEXED BY jobs_leased
+    SELECT created_at, seq, id FROM jobs INDEXED BY jobs_leased
     WHERE state IN ('claimed', 'in_progress') AND session IN (SELECT id FROM sessions)
         AND state IN (SELECT value FROM json_each(:states)) AND namespace = :namespace
-        AND (created_at, id) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
+        AND (created_at, seq) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
 )
-ORDER BY created_at DESC, id DESC LIMIT :limit;
+ORDER BY created_at DESC, seq DESC LIMIT :limit;
 
 -- name: list_ids_by_spec
 -- The same for jobs of some specs (found by name, queue or tag), one seek per spec.
-SELECT picked.value ->> 1 AS id
+SELECT picked.value ->> 2 AS id, picked.value ->> 0 AS created_at, picked.value ->> 1 AS seq
 FROM json_each(:specs) AS spec, json_each((
-    SELECT json_group_array(json_array(created_at, id)) FROM (
-        SELECT created_at, id FROM jobs INDEXED BY jobs_by_spec
+    SELECT json_group_array(json_array(created_at, seq, id)) FROM (
+        SELECT created_at, seq, id FROM jobs INDEXED BY jobs_by_spec
         WHERE spec_id = spec.value AND namespace = :namespace
-            AND (created_at, id) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
+            AND (created_at, seq) < (:cursor_at, :cursor) AND created_at >= :since AND created_at < :until
             AND (:any_state OR state IN (SELECT value FROM json_each(:states)))
-        ORDER BY created_at DESC, id DESC LIMIT :limit
+        ORDER BY created_at DESC, seq DESC LIMIT :limit
     )
 )) AS picked
-ORDER BY picked.value ->> 0 DESC, id DESC LIMIT :limit;
+ORDER BY created_at DESC, seq DESC LIMIT :limit;
 
 -- name: list_ids_of_batch
--- Ids of a batch, whose ids share a prefix, from its last to its first.
-SELECT id FROM jobs
-WHERE namespace = :namespace AND id >= :batch || '.' AND id < :batch || '/' AND id < :cursor
+-- Jobs of a batch, whose ids share a prefix, from its last to its first; :before is the id of the last one seen.
+SELECT id, created_at, batch_index FROM jobs
+WHERE namespace = :namespace AND id >= :batch || '.' AND id < :batch || '/' AND id < :before AND batch = :batch
     AND created_at >= :since AND created_at < :until
     AND (:any_state OR state IN (SELECT value FROM json_each(:states)))
 ORDER BY id DESC LIMIT :limit;
@@ -115,13 +117,14 @@ GROUP BY c.queue, n.state;
 -- name: list_attempts
 -- Ended attempts of one job.
 SELECT attempt, session, worker, claimed_at, started_at, finished_at, outcome, exit_code, error
-FROM attempts WHERE namespace = :namespace AND job_id = :id ORDER BY attempt;
+FROM attempts WHERE job = (SELECT seq FROM jobs WHERE namespace = :namespace AND id = :id) ORDER BY attempt;
 
 -- name: list_events
 -- The last events of one job, in order.
-SELECT seq, job_id, type, attempt, at, batch, worker FROM (
-    SELECT seq, job_id, type, attempt, at, batch, worker
-    FROM events WHERE namespace = :namespace AND job_id = :id ORDER BY seq DESC LIMIT :limit
+SELECT seq, id, type, attempt, at, batch, worker FROM (
+    SELECT events.seq, jobs.id, events.type, events.attempt, events.at, jobs.batch, events.worker
+    FROM jobs CROSS JOIN events ON events.job = jobs.seq
+    WHERE jobs.namespace = :namespace AND jobs.id = :id ORDER BY events.seq DESC LIMIT :limit
 ) ORDER BY seq;
 
 -- name: cancel_jobs
@@ -149,9 +152,9 @@ RETURNING id, class_id;
 -- name: position_in_class
 -- How many due jobs of its class a worker would take before this one (counted up to :limit).
 SELECT count(*) FROM (
-    SELECT 1 FROM jobs AS other
-    WHERE other.class_id = :class_id AND other.is_ready = 1
-        AND (other.priority > :priority OR (other.priority = :priority AND (other.run_at, other.id) < (:run_at, :id)))
+    SELECT 1 FROM jobs AS mine CROSS JOIN jobs AS other ON other.class_id = mine.class_id AND other.is_ready = 1
+    WHERE mine.namespace = :namespace AND mine.id = :id
+        AND (other.priority > mine.priority OR (other.priority = mine.priority AND (other.run_at, other.seq) < (mine.run_at, mine.seq)))
     LIMIT :limit
 );
 

@@ -11,28 +11,28 @@ UPDATE jobs SET
     state = 'claimed', is_ready = 0, attempt = attempt + 1, session = :session, worker = :worker, claim_number = :number,
     claimed_at = :now, updated_at = :now, started_at = NULL, outcome = NULL, exit_code = NULL, error = NULL
 FROM (
-    SELECT head.value ->> 0 AS picked_namespace, head.value ->> 1 AS picked_id
+    SELECT head.value ->> 0 AS picked_seq
     FROM json_each(:classes) AS c, json_each((
-        SELECT json_group_array(json_array(namespace, id, priority, run_at)) FROM (
-            SELECT namespace, id, priority, run_at FROM jobs
+        SELECT json_group_array(json_array(seq, priority, run_at)) FROM (
+            SELECT seq, priority, run_at FROM jobs
             WHERE class_id = c.value AND is_ready = 1
-            ORDER BY priority DESC, run_at, id LIMIT :want
+            ORDER BY priority DESC, run_at, seq LIMIT :want
         )
     )) AS head
     WHERE EXISTS (SELECT 1 FROM sessions WHERE id = :session AND state = 'online')
         AND NOT EXISTS (
             SELECT 1 FROM jobs WHERE session = :session AND claim_number = :number AND state IN ('claimed', 'in_progress')
         )
-    ORDER BY head.value ->> 2 DESC, head.value ->> 3, head.value ->> 1
+    ORDER BY head.value ->> 1 DESC, head.value ->> 2, head.value ->> 0
     LIMIT :want
 ) AS picked
-WHERE jobs.namespace = picked_namespace AND jobs.id = picked_id AND jobs.attempt < :max_attempts
-RETURNING namespace, id, attempt, spec_id, arguments, arguments_blob, inputs, priority, run_at;
+WHERE jobs.seq = picked_seq AND jobs.attempt < :max_attempts
+RETURNING namespace, id, attempt, spec_id, arguments, arguments_blob, inputs, priority, run_at, seq;
 
 -- name: find_claimed
 -- What a sync with this number claimed and still holds: the answer to its repetition.
 -- quick
-SELECT namespace, id, attempt, spec_id, arguments, arguments_blob, inputs, priority, run_at
+SELECT namespace, id, attempt, spec_id, arguments, arguments_blob, inputs, priority, run_at, seq
 FROM jobs WHERE session = :session AND claim_number = :number AND state IN ('claimed', 'in_progress');
 
 -- name: start_attempts
@@ -57,7 +57,7 @@ WITH report AS MATERIALIZED (
         value ->> 8 AS r_result_blob, value -> 9 AS r_error, value ->> 10 AS r_is_retryable, value ->> 11 AS r_retry_at
     FROM json_each(:reports)
 ), decided AS MATERIALIZED (
-    SELECT report.*, CASE
+    SELECT report.*, jobs.seq AS r_seq, CASE
         WHEN r_outcome IN ('completed', 'cancelled') THEN r_outcome
         WHEN jobs.cancel_requested_at IS NOT NULL THEN 'cancelled'
         WHEN r_outcome = 'released' THEN 'pending'
@@ -84,15 +84,15 @@ UPDATE jobs SET
     error = nullif(r_error, 'null'),
     updated_at = :now
 FROM decided
-WHERE jobs.namespace = r_namespace AND jobs.id = r_id AND jobs.attempt = r_attempt
-    AND +jobs.session = :session AND +jobs.state IN ('claimed', 'in_progress')
+WHERE jobs.seq = r_seq
 RETURNING id, attempt, state, class_id, batch;
 
 -- name: find_attempt_outcomes
 -- Of reported attempts [[namespace, id, attempt], …]: those that this session has already ended, so the report was a repetition.
-SELECT a.namespace, a.job_id, a.attempt
+SELECT jobs.namespace, jobs.id, a.attempt
 FROM json_each(:reports) AS r
-CROSS JOIN attempts AS a ON a.namespace = r.value ->> 0 AND a.job_id = r.value ->> 1 AND a.attempt = r.value ->> 2
+CROSS JOIN jobs ON jobs.namespace = r.value ->> 0 AND jobs.id = r.value ->> 1
+CROSS JOIN attempts AS a ON a.job = jobs.seq AND a.attempt = r.value ->> 2
 WHERE a.session = :session;
 
 -- name: find_retry_facts
@@ -117,7 +117,7 @@ WHERE session = :session AND state IN ('claimed', 'in_progress');
 -- Take leases away from a session, at most :limit: [] means any, else [[namespace, id, attempt], …].
 -- What was only claimed goes back for nothing; what was started costs one of max_lost.
 WITH picked AS MATERIALIZED (
-    SELECT namespace AS p_namespace, id AS p_id, attempt AS p_attempt FROM jobs
+    SELECT seq AS p_seq FROM jobs
     WHERE session = :session AND state IN ('claimed', 'in_progress')
         AND (:refs = '[]' OR (namespace, id, attempt) IN (SELECT value ->> 0, value ->> 1, value ->> 2 FROM json_each(:refs)))
     LIMIT :limit
@@ -139,6 +139,5 @@ UPDATE jobs SET
     error = iif(+state = 'in_progress' OR attempt >= :max_attempts, json_object('type', 'WorkerLost', 'message', :message), NULL),
     updated_at = :now
 FROM picked
-WHERE jobs.namespace = p_namespace AND jobs.id = p_id AND jobs.attempt = p_attempt
-    AND +jobs.session = :session AND +jobs.state IN ('claimed', 'in_progress')
+WHERE jobs.seq = p_seq
 RETURNING id, state, class_id, batch;

@@ -1,8 +1,8 @@
 -- name: promote_jobs
 -- Make due jobs ready to be claimed, oldest first.
 UPDATE jobs SET is_ready = 1, updated_at = :now
-WHERE (namespace, id) IN (
-    SELECT namespace, id FROM jobs WHERE state = 'pending' AND is_ready = 0 AND run_at <= :now ORDER BY run_at LIMIT :limit
+WHERE seq IN (
+    SELECT seq FROM jobs WHERE state = 'pending' AND is_ready = 0 AND run_at <= :now ORDER BY run_at LIMIT :limit
 ) AND state = 'pending'
 RETURNING class_id;
 
@@ -13,8 +13,8 @@ SELECT min(run_at) FROM jobs WHERE state = 'pending' AND is_ready = 0;
 
 -- name: delete_finished_jobs
 -- Remove ended jobs past their retention, oldest first; triggers remove their attempts and blob references.
-DELETE FROM jobs WHERE (namespace, id) IN (
-    SELECT namespace, id FROM jobs
+DELETE FROM jobs WHERE seq IN (
+    SELECT seq FROM jobs
     WHERE finished_at IS NOT NULL AND finished_at < :finished_before AND state IN (SELECT value FROM json_each(:states))
     ORDER BY finished_at LIMIT :limit
 )

@@ -7,9 +7,11 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any  # options of the fake backend are passed through
 
 import msgspec
 
+from blixard.backends.contract import EndObserver, Execution
 from blixard.domain.grants import InputFile
 from blixard.domain.lease import AttemptRef, ClaimedJob, FinishedAttempt, SyncReply, SyncRequest
 from blixard.domain.payload import CommandPayload, Payload
@@ -272,6 +274,26 @@ def _is_empty(reply: SyncReply) -> bool:
 
 def _size(batches: list[LogBatch]) -> int:
     return sum(len(record.data) for batch in batches for record in batch.records)
+
+
+class BulkFakeBackend(FakeBackend):
+    """Follows the contract of ``BulkBackend``, too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def submit(self, execution: Execution, observer: EndObserver) -> None:
+        if self.held:
+            task = asyncio.create_task(self._run(execution, observer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            self.executed.append(execution)
+            observer.ended(self.script(execution, observer))
+
+    async def _run(self, execution: Execution, observer: EndObserver) -> None:
+        observer.ended(await self.execute(execution, observer))
 
 
 class Rig:

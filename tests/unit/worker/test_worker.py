@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,13 @@ from blixard.domain.requirements import Isolation
 from blixard.errors import Forbidden, NotSupportedHere
 from blixard.testing.clock import FakeClock
 from blixard.testing.fake_backend import FakeBackend
-from tests.unit.worker.fakes import DEADLINE, FakeGateway, command_spec, make_worker, running
+from tests.unit.worker.fakes import DEADLINE, BulkFakeBackend, FakeGateway, command_spec, make_worker, running
+
+
+@pytest.fixture(autouse=True, params=[FakeBackend, BulkFakeBackend], ids=["each awaited", "submitted"])
+def kind_of_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of this holds for both kinds of backends."""
+    monkeypatch.setattr(sys.modules[__name__], "FakeBackend", request.param)
 
 
 def ref(job: str, attempt: int = 1) -> AttemptRef:

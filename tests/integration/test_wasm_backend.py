@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from blixard.backends.contract import StopReason
-from blixard.backends.wasm import backend as backend_module
+from blixard.backends.wasm import compilation as compilation_module
 from blixard.domain.grants import Grants
 from blixard.domain.outcome import AttemptError, Outcome, OutcomeKind
 from blixard.domain.payload import ScriptPayload
@@ -338,7 +338,7 @@ async def test_fuel_bounds_what_a_guest_computes(root: Path) -> None:
 async def test_a_module_that_takes_too_long_to_compile_is_refused(
     rig: WasmRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend_module, "MAX_COMPILE_SECONDS", 0.05)
+    monkeypatch.setattr(compilation_module, "MAX_COMPILE_SECONDS", 0.05)
     body = "(i32.add (i32.const 1) " * 400 + "(i32.const 1)" + ")" * 400
     functions = "".join(f'(func (export "f{n}") (result i32) {body})' for n in range(300))
     outcome = await rig.call(f'(module {functions} (data "{rig.root.name}") (memory 1))', "f1")

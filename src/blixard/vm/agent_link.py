@@ -113,6 +113,8 @@ class JobOrder(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     environment: dict[str, str] = {}
     limits: GuestLimits = GuestLimits()
     binds: tuple[GuestBind, ...] = ()
+    max_output: int = 1 << 40
+    """Bytes of stdout and stderr together that are sent; what is over is counted."""
 
 
 class ProgramOrder(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="program"):
@@ -140,7 +142,8 @@ class GuestExit(msgspec.Struct, frozen=True, kw_only=True):
 
     code: int
     out_of_memory: bool = False
-    memory_peak: int = 0
+    output_bytes: int = 0
+    """All that a job wrote, also what was not sent."""
     error: GuestError | None = None
 
 

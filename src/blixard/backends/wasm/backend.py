@@ -21,7 +21,8 @@ from blixard.backends.contract import (
 )
 from blixard.backends.sandbox.plan import SandboxPlan
 from blixard.backends.slots import Slots
-from blixard.backends.wasm.confinement import MAX_ARTEFACT_BYTES, plan_compiler, probe
+from blixard.backends.wasm.compilation import ModuleCompiler, see_off
+from blixard.backends.wasm.confinement import probe
 from blixard.backends.wasm.host import Child, ZygoteHost, ZygoteLost
 from blixard.backends.wasm.module_cache import CompiledModule, ModuleCache
 from blixard.backends.wasm.preparation import (
@@ -43,8 +44,6 @@ from blixard.backends.wasm.signature import (
 )
 from blixard.backends.wasm.verdict import crash, judge, lost, now, refused, time_out
 from blixard.backends.wasm.wire import (
-    CompileReport,
-    CompileRequest,
     Ending,
     Limits,
     RunReport,
@@ -69,10 +68,6 @@ INTERRUPT_SECONDS = 0.05
 STARTED_AFTER_SECONDS = 0.005
 MAX_SETUP_SECONDS = 60.0
 """For a sandbox to be made; only then does the job's own timeout begin."""
-MAX_COMPILE_CPU_SECONDS = 120
-MAX_COMPILE_SECONDS = 300.0
-MAX_COMPILE_BYTES = 8192 * MIB
-"""Address space, of which a compiler uses a fraction: CPython's 12 MB of Wasm need about 1 GiB."""
 
 
 class _Attempt:
@@ -183,8 +178,9 @@ class WasmBackend:
         self._home = settings.scratch / "wasm"
         self._host = ZygoteHost(fuel=settings.wasm_fuel is not None, lock_fd=settings.lock_fd)
         cache = settings.wasm_cache or self._home / "cache"
+        compiler = ModuleCompiler(self._host, self._can_isolate)
         self._cache = ModuleCache(
-            cache, self._compile, fuel=settings.wasm_fuel is not None, max_bytes=settings.wasm_cache_bytes
+            cache, compiler.compile, fuel=settings.wasm_fuel is not None, max_bytes=settings.wasm_cache_bytes
         )
         self._attempts: dict[AttemptRef, _Attempt] = {}
         self._queue: deque[_Attempt] = deque()
@@ -437,7 +433,7 @@ class WasmBackend:
             self._idle.append(child)
             return
         child.kill()
-        await _see_off(child)
+        await see_off(child)
 
     def _conclude(self, attempt: _Attempt, run: _Run, report: RunReport | None, child: Child) -> Outcome:
         spec = attempt.execution.spec
@@ -478,31 +474,6 @@ class WasmBackend:
             output_bytes=run.output_bytes if run else 0,
         )
 
-    async def _compile(self, source: int, target: int) -> CompileReport:
-        """Compile in a child that has nothing but the two files, and limits on time and memory."""
-        limits = Limits(
-            cpu_seconds=MAX_COMPILE_CPU_SECONDS, address_bytes=MAX_COMPILE_BYTES, file_bytes=MAX_ARTEFACT_BYTES
-        )
-        child = self._host.spawn(limits, [source, target])
-        reports: list[CompileReport] = []
-
-        def take(_: Tag, body: bytes) -> None:
-            report = decode_report(body)
-            assert isinstance(report, CompileReport)
-            reports.append(report)
-
-        room = plan_compiler() if self._can_isolate() else None
-        child.request(CompileRequest(room=room), take)
-        try:
-            async with asyncio.timeout(MAX_COMPILE_SECONDS):
-                code = await asyncio.shield(child.gone)
-        except TimeoutError:
-            return _compile_timeout()
-        finally:
-            child.kill()
-            await _see_off(child)
-        return reports[0] if reports else _judge_compiler(code)
-
     def _can_isolate(self) -> bool:
         return Isolation.STANDARD in self.info().isolations
 
@@ -513,39 +484,8 @@ async def _wait_first(one: asyncio.Future[_One], other: asyncio.Future[_Other]) 
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
-async def _see_off(child: Child) -> None:
-    """Wait until a killed child is gone, whatever happens to the caller."""
-    while not child.gone.done():
-        try:
-            await asyncio.shield(child.gone)
-        except asyncio.CancelledError:
-            if not child.gone.done():
-                await asyncio.wait([child.gone])
-            raise
-
-
 async def _remove(private: Path) -> None:
     try:
         os.rmdir(private)
     except OSError:
         await asyncio.to_thread(clear, private)
-
-
-def _judge_compiler(code: int) -> CompileReport:
-    if code in {-24, 128 + 24}:  # SIGXCPU
-        return _compile_timeout()
-    if code in {-6, 134, -11, 139}:  # Rust aborts when it cannot allocate
-        return CompileReport(
-            error="CompileFailed",
-            message="the compiler ran out of memory or crashed on this module",
-            hint="make it smaller",
-        )
-    return CompileReport(error="CompilerLost", message=f"the compiler's process ended with {code}")
-
-
-def _compile_timeout() -> CompileReport:
-    return CompileReport(
-        error="CompileTimeout",
-        message=f"compiling the module took more than {MAX_COMPILE_CPU_SECONDS} s of processor time",
-        hint="split the module, or build it with fewer and smaller functions",
-    )

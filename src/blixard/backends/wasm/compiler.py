@@ -15,9 +15,9 @@ MAX_EXPORTS = 10_000
 _READ_BYTES = 4 * MIB
 
 
-def compile_module(source: int, target: int, *, fuel: bool) -> CompileReport:
+def compile_module(source: int, target: int, *, fuel: bool, portable: bool = False) -> CompileReport:
     """Compile the module in file ``source`` and write the artefact to file ``target``."""
-    engine = make_engine(fuel=fuel, parallel=True)
+    engine = make_engine(fuel=fuel, parallel=True, portable=portable)
     try:
         module = wasmtime.Module(engine, _read_all(source))
     except wasmtime.WasmtimeError as error:

@@ -5,6 +5,7 @@ Everything here runs in an executor, never in the worker.
 
 from __future__ import annotations
 
+import platform
 import re
 import threading
 from collections import OrderedDict
@@ -39,12 +40,13 @@ class _GuestExit(Exception):
         self.code = code
 
 
-def describe_settings(*, fuel: bool) -> str:
+def describe_settings(*, fuel: bool, portable: bool = False) -> str:
     """Return a text that changes whenever an artefact of other settings could not be used."""
-    return f"epoch=1 fuel={int(fuel)} stack={MAX_WASM_STACK_BYTES} threads=0 gc=0"
+    return f"epoch=1 fuel={int(fuel)} stack={MAX_WASM_STACK_BYTES} threads=0 gc=0{' portable=1' if portable else ''}"
 
 
-def make_engine(*, fuel: bool, parallel: bool = False) -> wasmtime.Engine:
+def make_engine(*, fuel: bool, parallel: bool = False, portable: bool = False) -> wasmtime.Engine:
+    """``portable``: its artefacts run on every processor of this kind, such as a virtual machine's, at some cost in speed."""
     config = wasmtime.Config()
     config.epoch_interruption = True
     config.consume_fuel = fuel
@@ -53,6 +55,8 @@ def make_engine(*, fuel: bool, parallel: bool = False) -> wasmtime.Engine:
     config.wasm_threads = False
     config.wasm_gc = False
     config.parallel_compilation = parallel
+    if portable:
+        config.target = f"{platform.machine()}-unknown-linux-gnu"
     return wasmtime.Engine(config)
 
 

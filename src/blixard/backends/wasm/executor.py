@@ -47,6 +47,8 @@ class World:
     fuel: bool
     lock: int | None
     maps: OwnerMaps | None
+    portable: bool
+    """What is compiled shall run on other processors of this kind, too."""
 
 
 class Executor:
@@ -81,7 +83,7 @@ class Executor:
         try:
             if request.room is not None:
                 self._move_in(request.room)
-            return compile_module(*self._files, fuel=self._world.fuel)
+            return compile_module(*self._files, fuel=self._world.fuel, portable=self._world.portable)
         except SandboxFailed as error:
             return CompileReport(error="SandboxFailed", message=str(error))
         except (OSError, MemoryError) as error:

@@ -159,8 +159,9 @@ class ZygoteHost:
     Children of a zygote that dies are killed by the kernel; each one's ``gone`` tells.
     """
 
-    def __init__(self, *, fuel: bool, lock_fd: int | None) -> None:
+    def __init__(self, *, fuel: bool, lock_fd: int | None, portable: bool = False) -> None:
         self._fuel = fuel
+        self._portable = portable
         self._lock_fd = lock_fd
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -195,6 +196,7 @@ class ZygoteHost:
     def _launch(self, control: int) -> subprocess.Popen[bytes]:
         files = [control] if self._lock_fd is None else [control, self._lock_fd]
         command = [sys.executable, "-P", "-m", "blixard.backends.wasm.zygote", str(control), str(int(self._fuel))]
+        command.append(str(int(self._portable)))
         if self._lock_fd is not None:
             command.append(str(self._lock_fd))
         return subprocess.Popen(

@@ -67,12 +67,18 @@ class ModuleCache:
     """Turns modules into artefacts, each once. One event loop; several processes may share the directory."""
 
     def __init__(
-        self, directory: Path, compile_module: Compile, *, fuel: bool, max_bytes: int = MAX_CACHE_BYTES
+        self,
+        directory: Path,
+        compile_module: Compile,
+        *,
+        fuel: bool,
+        max_bytes: int = MAX_CACHE_BYTES,
+        portable: bool = False,
     ) -> None:
         self._directory = directory
         self._compile = compile_module
         self._max_bytes = max_bytes
-        self._circumstances = _describe_circumstances(fuel=fuel)
+        self._circumstances = _describe_circumstances(fuel=fuel, portable=portable)
         self._digests: OrderedDict[FileIdentity, str] = OrderedDict()
         self._ready: OrderedDict[str, tuple[CompiledModule, FileIdentity]] = OrderedDict()
         self._refused: OrderedDict[str, JobRefused] = OrderedDict()
@@ -267,9 +273,11 @@ class _DirectoryLock:
         os.close(self._file)
 
 
-def _describe_circumstances(*, fuel: bool) -> str:
+def _describe_circumstances(*, fuel: bool, portable: bool) -> str:
     """Return all but the module that an artefact depends on."""
-    return f"{_FORMAT} {importlib.metadata.version('wasmtime')} {describe_settings(fuel=fuel)} {platform.machine()} {_cpu_features()}"
+    settings = describe_settings(fuel=fuel, portable=portable)
+    processor = "any" if portable else _cpu_features()
+    return f"{_FORMAT} {importlib.metadata.version('wasmtime')} {settings} {platform.machine()} {processor}"
 
 
 def _cpu_features() -> str:

@@ -1,6 +1,6 @@
 """The process that every executor is forked from: single-threaded, with the Wasm runtime loaded and nothing running.
 
-``python -P -m blixard.backends.wasm.zygote CONTROL_FD FUEL [LOCK_FD]``. It ends, and its children with it, when the worker closes its
+``python -P -m blixard.backends.wasm.zygote CONTROL_FD FUEL PORTABLE [LOCK_FD]``. It ends, and its children with it, when the worker closes its
 end of the control socket or dies.
 """
 
@@ -29,10 +29,10 @@ _BROKEN_EXIT_CODE = 70
 
 
 class Zygote:
-    def __init__(self, control: socket.socket, *, fuel: bool, lock: int | None) -> None:
+    def __init__(self, control: socket.socket, *, fuel: bool, portable: bool, lock: int | None) -> None:
         self._control = control
         engine = make_engine(fuel=fuel)
-        self._world = World(engine, make_linker(engine), fuel, lock, _make_owner_maps())
+        self._world = World(engine, make_linker(engine), fuel, lock, _make_owner_maps(), portable)
         self._children: dict[int, tuple[int, int]] = {}  # pidfd -> (number, pid)
         self._selector = selectors.DefaultSelector()
 
@@ -142,8 +142,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     control = socket.socket(fileno=int(arguments[0]))
     control.set_inheritable(False)
-    lock = int(arguments[2]) if len(arguments) > 2 else None
-    zygote = Zygote(control, fuel=arguments[1] == "1", lock=lock)
+    lock = int(arguments[3]) if len(arguments) > 3 else None
+    zygote = Zygote(control, fuel=arguments[1] == "1", portable=arguments[2] == "1", lock=lock)
     try:
         zygote.serve()
     finally:

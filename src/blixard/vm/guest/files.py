@@ -56,7 +56,7 @@ class FilePlacer:
         self._is_own = entry.path.startswith(self._own)
         self._left = entry.size
         if entry.kind == EntryKind.DIRECTORY:
-            os.mkdir(self._path, self._mode(entry.mode | _ENTER))
+            os.mkdir(self._path, self._mode(entry.mode) | (stat.S_IRWXU if self._is_own else _ENTER))
             self._give_away()
         elif entry.kind == EntryKind.FILE:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -87,7 +87,7 @@ class FilePlacer:
             self.abandon()
 
     def _mode(self, mode: int) -> int:
-        return mode | stat.S_IRUSR if self._is_own else (mode & ~_OTHERS) | _READ
+        return mode | stat.S_IRUSR | stat.S_IWUSR if self._is_own else (mode & ~_OTHERS) | _READ
 
     def _give_away(self) -> None:
         if self._is_own:

@@ -228,14 +228,17 @@ class PlaneClient:
         if is_enough(found) or wait <= 0:
             return found
         wait = min(wait, MAX_WAIT_SECONDS)
-        if self._runs_own_jobs and waited_for is not None:
-            found = await self._attendant.attend(look(min(wait, FIT_SECONDS)))
-            wait -= FIT_SECONDS
+        if not self._runs_own_jobs or waited_for is None:
+            return await self._attendant.attend(look(wait))
+        step = FIT_SECONDS
+        while True:
+            found = await self._attendant.attend(look(min(wait, step)))
+            wait -= step
             if is_enough(found) or wait <= 0:
                 return found
             if (job_id := await waited_for()) is not None:
                 _check_fit(await self.why(job_id))
-        return await self._attendant.attend(look(wait))
+            step *= 2  # on a busy machine the own worker may not have said yet what it can
 
 
 def _check_fit(view: WhyView) -> None:

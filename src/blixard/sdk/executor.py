@@ -8,10 +8,10 @@ import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, cast, overload
 
 from blixard.client.contract import AsyncClient
 from blixard.client.endings import result_bytes
@@ -128,24 +128,45 @@ class Executor(concurrent.futures.Executor):
         self._is_shut = False
         self._collector: _Collector | None = None
 
-    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> JobFuture[R]:
+    @overload
+    def submit(self, fn: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs) -> JobFuture[R]: ...
+    @overload
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> JobFuture[R]: ...
+    def submit(self, fn: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> JobFuture[Any]:
         """Store a call as a job and return its future; the job is durable when this returns.
 
         Raises ``RuntimeError`` after ``shutdown``, and what ``JobFunction.submit`` raises.
         """
         function, words, names = unwrap(_plain(fn), args, kwargs)
         template = self._template(fn, function)
-        future: JobFuture[R] = self._store(template, [template.encode(words, names)])[0]
-        return future
+        return self._store(template, [template.encode(words, names)])[0]
 
+    @overload
+    def map(
+        self,
+        fn: Callable[..., Coroutine[Any, Any, R]],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[R]: ...
+    @overload
     def map(
         self,
         fn: Callable[..., R],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[R]: ...
+    def map(
+        self,
+        fn: Callable[..., Any],
         *iterables: Iterable[Any],  # Any: as in concurrent.futures
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
-    ) -> Iterator[R]:
+    ) -> Iterator[Any]:
         """Call ``fn`` with the items of the iterables side by side; yield results in order, as ``concurrent.futures`` does.
 
         All inputs are taken and stored at once; with ``buffersize`` so many jobs ahead of the results taken. ``chunksize``: so
@@ -165,7 +186,7 @@ class Executor(concurrent.futures.Executor):
             waiting.extend(self._store(template, taken))
         refill = None if buffersize is None else partial(self._store_next, template, arguments)
         results = _results(waiting, refill, deadline)
-        return cast("Iterator[R]", chain.from_iterable(results)) if chunksize > 1 else results
+        return chain.from_iterable(results) if chunksize > 1 else results
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls. ``wait`` for all jobs; ``cancel_futures`` cancels those that no worker has started. Allowed twice."""

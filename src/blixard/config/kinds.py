@@ -99,6 +99,27 @@ def _to_float(value: object) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Flag(Kind[bool]):
+    """On or off. A variable that is set to nothing is off, as if it were not there."""
+
+    YES = ("true", "yes", "on", "1")
+    NO = ("false", "no", "off", "0", "")
+
+    def parse(self, value: object) -> bool:
+        word = value.strip().lower() if isinstance(value, str) else value
+        if isinstance(word, bool):
+            return word
+        if word in self.YES:
+            return True
+        if word in self.NO:
+            return False
+        raise ValueError(f"{value!r} is neither true nor false")
+
+    def describe(self) -> str:
+        return "true or false"
+
+
+@dataclasses.dataclass(frozen=True)
 class Duration(Kind[float]):
     """Seconds once parsed."""
 

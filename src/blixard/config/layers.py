@@ -111,7 +111,11 @@ def _unknown_key(section: str, name: str) -> str:
 def read_environment(environment: Mapping[str, str]) -> Layer:
     """Return what ``BLIXARD_SECTION__KEY`` variables and the short forms set."""
     by_variable = {setting.variable: setting.key for setting in all_keys().values()} | dict(SHORT_FORMS)
-    ours = sorted(name for name in environment if name.startswith(PREFIX) and name not in FOREIGN_VARIABLES)
+    ours = sorted(
+        name
+        for name in environment
+        if (name.startswith(PREFIX) or name in SHORT_FORMS) and name not in FOREIGN_VARIABLES
+    )
     entries = [Entry(by_variable[name], environment[name], name) for name in ours if name in by_variable]
     unknown = [name for name in ours if name not in by_variable]
     problems = [*_unknown_variables(unknown, by_variable), *_contradictions(entries)]

@@ -13,7 +13,11 @@ from blixard.config.kinds import Kind, Text
 from blixard.config.settings import Settings, default_data_dir
 
 PREFIX = "BLIXARD_"
-SHORT_FORMS: Mapping[str, str] = {"BLIXARD_SERVER": "server.url", "BLIXARD_TOKEN": "server.token"}
+SHORT_FORMS: Mapping[str, str] = {
+    "BLIXARD_SERVER": "server.url",
+    "BLIXARD_TOKEN": "server.token",
+    "SKIP_VM_MANAGER": "vm.skip",
+}
 """Variables that set a key without naming its section."""
 FOREIGN_VARIABLES = frozenset(
     {

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from blixard.config.kinds import Choice, Duration, Labels, Number, Place, Size, Text, Whole, Words
+from blixard.config.kinds import Choice, Duration, Flag, Labels, Number, Place, Size, Text, Whole, Words
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -92,7 +92,7 @@ class WorkerSettings(Section):
     slots: Annotated[int, Whole(0, 4096)] = Field(
         default=0, description="Jobs that run at the same time; 0 means the number of CPUs."
     )
-    types: Annotated[tuple[str, ...], Words(("process", "wasm"))] = Field(
+    types: Annotated[tuple[str, ...], Words(("process", "wasm", "microvm"))] = Field(
         default=(), description="Kinds of jobs it runs; empty means all that this host can run."
     )
     queues: Annotated[tuple[str, ...], Words()] = Field(
@@ -144,6 +144,11 @@ class MaintenanceSettings(Section):
 class SandboxSettings(Section):
     """Limits of one job that names none of its own."""
 
+    minimum_isolation: Annotated[
+        Literal["minimal", "standard", "maximum"], Choice(("minimal", "standard", "maximum"))
+    ] = Field(
+        default="minimal", description="The server's policy: it refuses jobs that ask for less isolation than this."
+    )
     memory: Annotated[int, Size(16 * MIB, 1024 * TIB)] = Field(default=GIB, description="Memory of one job.")
     processes: Annotated[int, Whole(1, 65536)] = Field(default=128, description="Processes and threads of one job.")
     disk: Annotated[int, Size(MIB, 1024 * TIB)] = Field(
@@ -162,6 +167,83 @@ class WasmSettings(Section):
     )
     cache_size: Annotated[int, Size(0, 1024 * TIB)] = Field(
         default=GIB, description="Compiled modules kept on disk; the oldest go first."
+    )
+
+
+class VmSettings(Section):
+    """Virtual machines: what isolation maximum and service machines run on."""
+
+    skip: Annotated[bool, Flag()] = Field(
+        default=False, description="Do without virtual machines. Short form: SKIP_VM_MANAGER."
+    )
+    directory: Annotated[Path | None, Place()] = Field(
+        default=None, description="Images, templates and running machines. Empty: `vm/` in storage.data_dir."
+    )
+    max_vms: Annotated[int, Whole(1, 1000)] = Field(
+        default=10, description="Virtual machines at the same time, those kept ready among them."
+    )
+    memory: Annotated[int, Size(128 * MIB, 1024 * TIB)] = Field(
+        default=16 * GIB, description="Memory of all of them together; never more than this machine has."
+    )
+    default_memory: Annotated[int, Size(128 * MIB, TIB)] = Field(
+        default=512 * MIB, description="Memory of the machine of a job that names none."
+    )
+    image: Annotated[str, Text("image name")] = Field(
+        default="default", description="Guest image of jobs that name none."
+    )
+    pool: Annotated[int, Whole(0, 100)] = Field(
+        default=1, description="Machines kept ready for the next job at isolation maximum, once there was one."
+    )
+    service_vms: Annotated[int, Whole(0, 100)] = Field(
+        default=0, description="Service machines that a worker starts with, for the namespace default."
+    )
+    auto_create: Annotated[bool, Flag()] = Field(
+        default=True, description="Start a service machine when a job wants one and none is free."
+    )
+    prefer_service: Annotated[bool, Flag()] = Field(
+        default=True, description="Off: jobs with vm_mode service get a fresh machine each."
+    )
+    max_jobs_per_vm: Annotated[int, Whole(1, 1_000_000)] = Field(
+        default=50, description="Jobs after which a service machine is replaced."
+    )
+    max_uptime: Annotated[float, Duration(1, 365 * DAY)] = Field(
+        default=3600.0, description="Age at which a service machine is replaced, never during a job."
+    )
+    memory_share: Annotated[float, Number(0.1, 10)] = Field(
+        default=0.9, description="Share of its memory above which a service machine is replaced, never during a job."
+    )
+    idle_shutdown: Annotated[float, Duration(0.1, 365 * DAY)] = Field(
+        default=300.0, description="A machine that nobody has used for so long is ended."
+    )
+    share_memory: Annotated[bool, Flag()] = Field(
+        default=True,
+        description="Machines share the unchanged memory of their template. Off: each has a copy, so that no tenant can tell by the time "
+        "an access takes what another has used.",
+    )
+    health_interval: Annotated[float, Duration(0.1, 60 * MINUTE)] = Field(
+        default=10.0, description="Time between two pings of a machine."
+    )
+    health_timeout: Annotated[float, Duration(0.1, 60 * MINUTE)] = Field(
+        default=10.0, description="A ping that has no answer by then has failed."
+    )
+    failure_threshold: Annotated[int, Whole(1, 1000)] = Field(
+        default=3, description="Failed pings in a row after which a machine counts as dead, and its job runs elsewhere."
+    )
+    recovery_threshold: Annotated[int, Whole(1, 1000)] = Field(
+        default=2, description="Answered pings in a row after which a degraded machine counts as healthy."
+    )
+    breaker_threshold: Annotated[int, Whole(1, 1000)] = Field(
+        default=3,
+        description="Machines of one kind that fail to start, one after the other, until no more are tried for a while.",
+    )
+    breaker_time: Annotated[float, Duration(0.1, DAY)] = Field(
+        default=60.0, description="How long no machine of that kind is tried."
+    )
+    start_timeout: Annotated[float, Duration(1, 60 * MINUTE)] = Field(
+        default=120.0, description="How long a machine may take until it answers."
+    )
+    shutdown_timeout: Annotated[float, Duration(0.1, 60 * MINUTE)] = Field(
+        default=10.0, description="How long a stopping worker waits for its machines before it kills them."
     )
 
 
@@ -186,4 +268,5 @@ class Settings(Section):
     maintenance: MaintenanceSettings = Field(default_factory=MaintenanceSettings)
     sandbox: SandboxSettings = Field(default_factory=SandboxSettings)
     wasm: WasmSettings = Field(default_factory=WasmSettings)
+    vm: VmSettings = Field(default_factory=VmSettings)
     log: LogSettings = Field(default_factory=LogSettings)

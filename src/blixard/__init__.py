@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from blixard.sdk.app import App
     from blixard.sdk.collecting import as_completed, as_completed_async, gather, gather_async
     from blixard.sdk.executor import Executor, JobFuture
-    from blixard.sdk.function import JobFunction
+    from blixard.sdk.function import AsyncJobFunction, JobFunction
     from blixard.sdk.handle import JobHandle
 
 __version__ = "0.1.0"
@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "App",
     "AsyncClient",
+    "AsyncJobFunction",
     "BlixardError",
     "CallerError",
     "Client",
@@ -70,6 +71,7 @@ __all__ = [
 _HOMES = {
     "App": "blixard.sdk.app",
     "AsyncClient": "blixard.client",
+    "AsyncJobFunction": "blixard.sdk.function",
     "Client": "blixard.client",
     "Executor": "blixard.sdk.executor",
     "Isolation": "blixard.domain.requirements",

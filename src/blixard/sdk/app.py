@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from blixard.domain.payload import Encoding
 from blixard.errors import InvalidRequest
-from blixard.sdk.function import JobFunction
+from blixard.sdk.function import AsyncJobFunction, JobFunction
 from blixard.sdk.handle import JobHandle
 from blixard.sdk.options import JobOptions, OptionArguments
 from blixard.sdk.patience import Patience
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 MAX_REMEMBERED_UPLOADS = 1_024
+
+
+class JobDecorator(Protocol):
+    """What ``@app.job(**options)`` is."""
+
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncJobFunction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> JobFunction[P, R]: ...
 
 
 class App:
@@ -58,17 +68,20 @@ class App:
         self._lock = threading.Lock()
 
     @overload
+    def job(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncJobFunction[P, R]: ...
+    @overload
     def job(self, function: Callable[P, R], /) -> JobFunction[P, R]: ...
     @overload
-    def job(self, /, **options: Unpack[OptionArguments]) -> Callable[[Callable[P, R]], JobFunction[P, R]]: ...
+    def job(self, /, **options: Unpack[OptionArguments]) -> JobDecorator: ...
     def job(
-        self, function: Callable[P, R] | None = None, /, **options: Unpack[OptionArguments]
-    ) -> JobFunction[P, R] | Callable[[Callable[P, R]], JobFunction[P, R]]:
+        self, function: Callable[P, Any] | None = None, /, **options: Unpack[OptionArguments]
+    ) -> Any:  # Any: the overloads say which
         """Make a function submittable: ``@app.job`` or ``@app.job(retries=3, timeout=30)``. It can still be called as before."""
         declared = JobOptions().changed(options)
 
-        def declare(target: Callable[P, R]) -> JobFunction[P, R]:
-            return JobFunction(self, target, declared)
+        def declare(target: Callable[P, Any]) -> Any:  # the same
+            cls = AsyncJobFunction if inspect.iscoroutinefunction(target) else JobFunction
+            return cls(self, target, declared)
 
         return declare if function is None else declare(function)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, Unpack, cast
 
 from blixard.client.endings import result_bytes
 from blixard.errors import InvalidRequest
@@ -57,12 +57,12 @@ class JobFunction(Generic[P, R]):
         """What makes this function's jobs."""
         return JobTemplate(self._app, self.__blixard_function__, self._options)
 
-    def options(self, **changes: Unpack[OptionArguments]) -> JobFunction[P, R]:
+    def options(self, **changes: Unpack[OptionArguments]) -> Self:
         """Return the same function with other options, such as ``f.options(priority=5).submit(1)``.
 
         Raises ``InvalidRequest`` at once for an unknown option or a wrong value, naming it and what it takes.
         """
-        return JobFunction(self._app, self.__blixard_function__, self._options.changed(changes))
+        return type(self)(self._app, self.__blixard_function__, self._options.changed(changes))
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
         """Store a call as a job and return at once; it is durable when this returns.
@@ -186,3 +186,10 @@ class JobFunction(Generic[P, R]):
 
     def _handle(self, job_id: str) -> JobHandle[R]:
         return JobHandle(self._app.client, job_id, self._options.encoding, self._app.patience)
+
+
+class AsyncJobFunction(JobFunction[P, R]):
+    """Made by ``@app.job`` from an ``async def``. Calling it gives the coroutine; a job awaits it, so its result is the value."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:  # type: ignore[override]  # the function's own
+        return super().__call__(*args, **kwargs)  # type: ignore[return-value]  # the same

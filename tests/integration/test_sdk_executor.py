@@ -22,7 +22,7 @@ from blixard import App, Executor, JobFailed, JobFuture, JobState, RetryPolicy
 from blixard.errors import InvalidRequest
 from blixard.protocol.jobs import JobFilter
 from blixard.testing import inline
-from tests.unit.sdk import calls
+from tests.integration import sdk_calls as calls
 
 DEADLINE = 90.0
 MakeExecutor = Callable[[], futures.Executor]
@@ -419,7 +419,7 @@ def test_an_error_has_the_remote_traceback(ours: Executor) -> None:
     assert isinstance(error, JobFailed)
     assert isinstance(error, ValueError)
     assert error.traceback is not None
-    assert "calls.py" in error.traceback
+    assert "sdk_calls.py" in error.traceback
     assert error.traceback in str(error)
 
 

@@ -25,6 +25,8 @@ class VmNeed(msgspec.Struct, frozen=True, kw_only=True):
     network: bool = False
     mode: VmMode = VmMode.EPHEMERAL
     labels: dict[str, str] = {}
+    job_id: str = ""
+    """For whoever looks at the machines."""
 
 
 class VmLease(Protocol):

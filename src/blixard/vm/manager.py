@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
+
 from blixard.domain.ids import new_id
 from blixard.domain.requirements import VmMode
 from blixard.domain.vm import VmHealth, VmState, VmStats, VmView
@@ -16,7 +18,7 @@ from blixard.vm.control import ControlServer
 from blixard.vm.coordinator import Clock, Name, Part, Phase, VmCoordinator, VmEvent
 from blixard.vm.health import HealthChecker
 from blixard.vm.hypervisor.contract import Hypervisor, HypervisorInfo, Machine, Template
-from blixard.vm.lease import VmLease, VmNeed
+from blixard.vm.lease import DEFAULT_IMAGE, VmLease, VmNeed
 from blixard.vm.messages import (
     CheckNow,
     Message,
@@ -152,6 +154,8 @@ class VmManager:
 
     async def acquire(self, need: VmNeed, *, vm_id: str | None = None) -> VmLease:
         """See ``VmLeaser``. ``vm_id``: this service machine and no other; ``Conflict`` if it is not free."""
+        if need.image == DEFAULT_IMAGE:
+            need = msgspec.structs.replace(need, image=self.config.image)
         lease = await self._coordinator.ask(lambda ticket: RouteJob(ticket=ticket, need=need, vm_id=vm_id))
         return cast("Lease", lease)
 

@@ -33,7 +33,6 @@ class RouteJob(Asking, frozen=True, kw_only=True):
     """Give this job a machine: of its own, or a service machine of its namespace; ``vm_id`` names the one it must be."""
 
     need: VmNeed
-    job_id: str = ""
     vm_id: str | None = None
 
 

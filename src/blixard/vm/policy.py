@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 
-from blixard.domain.requirements import MEMORY_STEPS_MB, VmMode
+from blixard.domain.requirements import VmMode
 from blixard.errors import NotSupportedHere
 from blixard.vm.lease import DEFAULT_IMAGE, VmNeed
 
-MEMORY_SIZES_MB = tuple(step for step in MEMORY_STEPS_MB if step >= 128)
+MEMORY_SIZES_MB = (128, 256, 384, *(size for n in range(9, 16) for size in (1 << n, 3 << n - 1)), 65536)
 """Sizes of guests: few, so that few templates serve all jobs."""
 VCPU_SIZES = (1, 2, 4, 8, 16, 32)
 MAX_WAITING = 1_000

@@ -61,7 +61,6 @@ class Wish:
     def __init__(self, request: RouteJob, shape: VmShape, mode: VmMode) -> None:
         self.ticket = request.ticket
         self.need = request.need
-        self.job_id = request.job_id
         self.vm_id = request.vm_id
         self.shape = shape
         self.mode = mode
@@ -529,7 +528,7 @@ class VmRouter:
                 shape=vm.shape,
                 mode=vm.mode,
                 namespace=vm.namespace,
-                job_id=vm.wish.job_id if vm.wish else "",
+                job_id=vm.wish.need.job_id if vm.wish else "",
                 labels=vm.labels,
                 jobs=vm.jobs,
                 note=vm.note,

@@ -143,6 +143,7 @@ def _need(execution: Execution, megabytes: int) -> VmNeed:
         network=spec.grants.network,
         mode=requirements.vm_mode or VmMode.EPHEMERAL,
         labels=requirements.labels,
+        job_id=execution.ref.job_id,
     )
 
 

@@ -6,6 +6,8 @@ import math
 
 AHEAD_SECONDS = 0.5
 """Work held ahead. A sync under load takes some tens of milliseconds; this bridges ten of them."""
+SILENCE_SECONDS = 0.1
+"""A shorter silence says nothing: on a busy machine other processes had the processor, and claiming less would add to it."""
 _WEIGHT = 0.2
 _SHORTEST_SECONDS = 1e-5
 
@@ -29,5 +31,6 @@ class Appetite:
         """Return how many jobs to hold. A silence while ``running`` jobs go on counts as a long job: the next one may be as long."""
         if self._mean is None:
             return self._slots
-        usual = max(self._mean, now - self._heard_at) if running else self._mean
+        silence = now - self._heard_at
+        usual = max(self._mean, silence) if running and silence > SILENCE_SECONDS else self._mean
         return max(self._slots, min(self._most, math.ceil(self._slots * AHEAD_SECONDS / usual)))

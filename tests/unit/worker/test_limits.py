@@ -10,7 +10,7 @@ import pytest
 from blixard.backends.contract import Stream
 from blixard.domain.lease import AttemptRef
 from blixard.services.clock import SystemClock
-from blixard.worker.appetite import Appetite
+from blixard.worker.appetite import SILENCE_SECONDS, Appetite
 from blixard.worker.local_files import LocalFiles
 from blixard.worker.log_shipper import LogShipper
 from tests.unit.worker.fakes import DEADLINE, FakeGateway
@@ -22,6 +22,8 @@ def test_a_worker_holds_much_of_short_work_and_little_of_long_work() -> None:
     for n in range(50):
         appetite.heard(0.0001, float(n))
     assert appetite.target(49.0, 2) == 202
+    assert appetite.target(49.0 + SILENCE_SECONDS - 0.01, 2) == 202, "a busy machine"
+    assert appetite.target(49.0 + SILENCE_SECONDS + 0.01, 2) < 12, "a long job"
     assert appetite.target(60.0, 2) == 2, "eleven silent seconds with running jobs"
     for n in range(50):
         appetite.heard(0.1, 60.0 + n)

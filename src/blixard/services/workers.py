@@ -138,7 +138,7 @@ class WorkerService:
         claim_now = bool(classes) and await self._placement.has_ready_job(classes)
         state, lost, more = await asyncio.gather(
             self._renew(namespace, request, life),
-            self._store_reports(request, retry_at),
+            self._store_reports(namespace, request, retry_at),
             self._claim(request, life, classes) if claim_now else _nothing(),
         )
         if state is None or state in ENDED:
@@ -212,7 +212,9 @@ class WorkerService:
                 times[ref] = now + int(delay * 1e6)
         return times
 
-    async def _store_reports(self, request: SyncRequest, retry_at: dict[AttemptRef, int]) -> list[AttemptRef]:
+    async def _store_reports(
+        self, namespace: str, request: SyncRequest, retry_at: dict[AttemptRef, int]
+    ) -> list[AttemptRef]:
         """Store what started and ended; return the leases among them that were not this session's any more."""
         now = self._clock.now()
         started = self._leases.start(request.session, request.started, now) if request.started else _none()
@@ -220,8 +222,10 @@ class WorkerService:
         if not finished:
             await started
             return []
-        _, ended = await asyncio.gather(started, self._leases.finish(request.session, finished, retry_at, now))
-        stale = [item.ref for item in finished if (item.ref.job_id, item.ref.attempt) not in ended]
+        _, ended = await asyncio.gather(
+            started, self._leases.finish(namespace, request.session, finished, retry_at, now)
+        )
+        stale = [item.ref for item in finished if item.ref not in ended] if len(ended) < len(finished) else []
         if not stale:
             return []
         repeated = await self._leases.already_ended(request.session, stale)

@@ -74,7 +74,15 @@ GROWING = {
 
 def test_reports_start_from_the_array_and_never_from_an_index_on_state(tmp_path: Path, statements: Statements) -> None:
     connection = connect(tmp_path / "plans.db")
-    for name in ("finish_attempts", "start_attempts", "lose_leases", "find_results", "find_jobs", "cancel_jobs"):
+    for name in (
+        "complete_attempts",
+        "finish_attempts",
+        "start_attempts",
+        "lose_leases",
+        "find_results",
+        "find_jobs",
+        "cancel_jobs",
+    ):
         lines = [line for line in plan_of(connection, statements[name].sql) if re.search(r"SEARCH jobs\b", line)]
         by_key = [line for line in lines if re.search(r"\((namespace=\? AND id|rowid)=\?\)", line)]
         leased = [line for line in lines if "jobs_leased (session=?)" in line]
@@ -196,7 +204,9 @@ def test_no_hot_statement_is_compiled_anew_for_other_values(tmp_path: Path, stat
         store.run("has_ready_job", classes=f"[{number}]")
         store.run("find_job", id=refs[0][1])
         store.run("find_results", ids=encode([ref[1] for ref in refs]))
-        reports = [[*ref, "completed", number, number, None, number, None, None, True, None] for ref in refs]
-        assert len(store.run("finish_attempts", reports=encode(reports))) == number
+        reports = [[*ref, "completed", number, number, 0, "1", None, None, True, None] for ref in refs[1:]]
+        assert len(store.run("finish_attempts", reports=encode(reports))) == number - 1
+        plain = {str(refs[0][1]): [refs[0][2], number, "1"]}
+        assert len(store.run("complete_attempts", reports=encode(plain))) == 1
         store.run("find_attempt_outcomes", reports=encode(refs))
         assert bool(compiled) == (number == 11), compiled

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from blixard.domain.lease import AttemptRef, ClaimedJob, FinishedAttempt, StartedAttempt
 from blixard.domain.limits import MAX_ATTEMPTS
+from blixard.domain.outcome import Outcome, OutcomeKind
 from blixard.domain.retry import RetryPolicy
 from blixard.domain.state_machine import JobState
 from blixard.storage.database import Database, Params, Row
@@ -82,16 +84,47 @@ class LeaseRepository:
         await self._database.write(self._sql["start_attempts"], params)
 
     async def finish(
+        self,
+        namespace: str,
+        session: str,
+        finished: Sequence[FinishedAttempt],
+        retry_at: dict[AttemptRef, int],
+        now: int,
+    ) -> set[AttemptRef]:
+        """End attempts; return those that changed. Stale reports change nothing and are not returned."""
+        completed: dict[str, FinishedAttempt] = {}
+        others = []
+        for item in finished:
+            if _is_plain(item, namespace) and item.ref.job_id not in completed:
+                completed[item.ref.job_id] = item
+            else:
+                others.append(item)
+        ended = await asyncio.gather(
+            self._complete(namespace, session, completed, now), self._finish(session, others, retry_at, now)
+        )
+        changed = set().union(*ended)
+        return {item.ref for item in finished if (item.ref.job_id, item.ref.attempt) in changed}
+
+    async def _complete(
+        self, namespace: str, session: str, completed: dict[str, FinishedAttempt], now: int
+    ) -> set[tuple[str, int]]:
+        if not completed:
+            return set()
+        reports = {
+            job_id: (item.ref.attempt, _started_at(item.outcome, now), _result_text(item.outcome))
+            for job_id, item in completed.items()
+        }
+        params: Params = {"namespace": namespace, "session": session, "reports": encode(reports), "now": now}
+        return _changed(await self._database.write(self._sql["complete_attempts"], params))
+
+    async def _finish(
         self, session: str, finished: Sequence[FinishedAttempt], retry_at: dict[AttemptRef, int], now: int
-    ) -> dict[tuple[str, int], Ended]:
-        """End attempts; return what changed by (job id, attempt). Stale reports change nothing and are not returned."""
+    ) -> set[tuple[str, int]]:
+        if not finished:
+            return set()
         reports = [_report(item, retry_at.get(item.ref), now) for item in finished]
         params: Params = {"session": session, "reports": encode(reports), "now": now}
-        rows = await self._database.write(self._sql["finish_attempts"], params)
-        return {
-            (text(r[0]), number(r[1])): Ended(text(r[0]), JobState(text(r[2])), number(r[3]), maybe_text(r[4]))
-            for r in rows
-        }
+        return _changed(await self._database.write(self._sql["finish_attempts"], params))
 
     async def already_ended(self, session: str, refs: Iterable[AttemptRef]) -> set[AttemptRef]:
         """Return those that this session has ended before: a repeated report, not a stale one."""
@@ -134,21 +167,47 @@ class LeaseRepository:
         return [Ended(text(r[0]), JobState(text(r[1])), number(r[2]), maybe_text(r[3])) for r in rows]
 
 
-def _report(item: FinishedAttempt, retry_at: int | None, now: int) -> tuple[object, ...]:
-    """Return one element of ``finish_attempts``. The worker's clock tells how long it ran, ours when: retention trusts no worker's clock."""
-    ref, outcome = item.ref, item.outcome
-    ran = (
-        None if outcome.started_at is None or outcome.finished_at is None else outcome.finished_at - outcome.started_at
+def _is_plain(item: FinishedAttempt, namespace: str) -> bool:
+    """Say whether ``complete_attempts`` can tell how it ended."""
+    outcome = item.outcome
+    return (
+        outcome.kind is OutcomeKind.COMPLETED
+        and outcome.error is None
+        and outcome.exit_code is None
+        and outcome.result_blob is None
+        and item.ref.namespace == namespace
     )
+
+
+def _changed(rows: list[Row]) -> set[tuple[str, int]]:
+    return {(text(row[0]), number(row[1])) for row in rows}
+
+
+def _started_at(outcome: Outcome, now: int) -> int | None:
+    """The worker's clock tells how long it ran, ours when: retention trusts no worker's clock."""
+    if outcome.started_at is None or outcome.finished_at is None:
+        return None
+    return now - max(0, outcome.finished_at - outcome.started_at)
+
+
+def _result_text(outcome: Outcome) -> str | None:
+    """Return the JSON text of the result; a null is none."""
+    result = None if outcome.result is None else bytes(outcome.result)
+    return None if result is None or result == b"null" else result.decode()
+
+
+def _report(item: FinishedAttempt, retry_at: int | None, now: int) -> tuple[object, ...]:
+    """Return one element of ``finish_attempts``."""
+    ref, outcome = item.ref, item.outcome
     return (
         ref.namespace,
         ref.job_id,
         ref.attempt,
         outcome.kind,
-        None if ran is None else now - max(0, ran),
+        _started_at(outcome, now),
         now,
         outcome.exit_code,
-        outcome.result,
+        _result_text(outcome),
         outcome.result_blob,
         outcome.error,
         outcome.error is None or outcome.error.retryable,

@@ -37,8 +37,10 @@ FROM jobs WHERE session = :session AND claim_number = :number AND state IN ('cla
 
 -- name: start_attempts
 -- Claimed becomes in progress: [[namespace, id, attempt, started_at], …]. Stale attempts change nothing.
-WITH report AS MATERIALIZED (
-    SELECT value ->> 0 AS r_namespace, value ->> 1 AS r_id, value ->> 2 AS r_attempt, value ->> 3 AS r_started_at FROM json_each(:reports)
+WITH element AS MATERIALIZED (
+    SELECT value FROM json_each(:reports)
+), report AS MATERIALIZED (
+    SELECT value ->> 0 AS r_namespace, value ->> 1 AS r_id, value ->> 2 AS r_attempt, value ->> 3 AS r_started_at FROM element
 )
 UPDATE jobs SET state = 'in_progress', started_at = r_started_at, updated_at = :now
 FROM report
@@ -47,15 +49,33 @@ WHERE jobs.namespace = r_namespace AND jobs.id = r_id AND jobs.attempt = r_attem
     AND EXISTS (SELECT 1 FROM sessions WHERE sessions.id = :session AND sessions.state IN ('online', 'draining'))
 RETURNING id, attempt;
 
--- name: finish_attempts
--- End attempts: [[namespace, id, attempt, outcome, started_at, finished_at, exit_code, result, result_blob, error, is_retryable, retry_at], …].
--- Guarded by (state, attempt, session), and the session must be alive: a stale report changes nothing and is not returned.
+-- name: complete_attempts
+-- End attempts that completed and left no more than a result of text, which is nearly all of them: {job id: [attempt, started_at, result], …}.
+-- Guarded as finish_attempts.
 WITH report AS MATERIALIZED (
+    -- the namespace as a column: compared with the parameter itself, it makes the planner begin with all jobs of the namespace
+    SELECT :namespace AS r_namespace, key AS r_id, value AS r_report FROM json_each(:reports)
+)
+UPDATE jobs SET
+    state = 'completed', outcome = 'completed', started_at = coalesce(r_report ->> 1, started_at), finished_at = :now, updated_at = :now,
+    result = r_report ->> 2
+FROM report
+WHERE jobs.namespace = r_namespace AND jobs.id = r_id AND jobs.attempt = r_report ->> 0
+    AND +jobs.session = :session AND +jobs.state IN ('claimed', 'in_progress')
+    AND EXISTS (SELECT 1 FROM sessions WHERE sessions.id = :session AND sessions.state IN ('online', 'draining'))
+RETURNING id, attempt;
+
+-- name: finish_attempts
+-- End attempts in any way: [[namespace, id, attempt, outcome, started_at, finished_at, exit_code, result, result_blob, error, is_retryable, retry_at], …].
+-- Guarded by (state, attempt, session), and the session must be alive: a stale report changes nothing and is not returned.
+WITH element AS MATERIALIZED (
+    SELECT value FROM json_each(:reports)  -- json_each writes out value each time it is asked for
+), report AS MATERIALIZED (
     SELECT
         value ->> 0 AS r_namespace, value ->> 1 AS r_id, value ->> 2 AS r_attempt, value ->> 3 AS r_outcome,
-        value ->> 4 AS r_started_at, value ->> 5 AS r_finished_at, value ->> 6 AS r_exit_code, value -> 7 AS r_result,
+        value ->> 4 AS r_started_at, value ->> 5 AS r_finished_at, value ->> 6 AS r_exit_code, value ->> 7 AS r_result,
         value ->> 8 AS r_result_blob, value -> 9 AS r_error, value ->> 10 AS r_is_retryable, value ->> 11 AS r_retry_at
-    FROM json_each(:reports)
+    FROM element
 ), decided AS MATERIALIZED (
     SELECT report.*, jobs.seq AS r_seq, CASE
         WHEN r_outcome IN ('completed', 'cancelled') THEN r_outcome
@@ -79,13 +99,13 @@ UPDATE jobs SET
     finished_at = iif(r_state = 'pending', NULL, coalesce(r_finished_at, :now)),
     outcome = iif(r_state = 'cancelled', 'cancelled', r_outcome),
     exit_code = r_exit_code,
-    result = nullif(r_result, 'null'),
+    result = r_result,
     result_blob = r_result_blob,
     error = nullif(r_error, 'null'),
     updated_at = :now
 FROM decided
 WHERE jobs.seq = r_seq
-RETURNING id, attempt, state, class_id, batch;
+RETURNING id, attempt;
 
 -- name: find_attempt_outcomes
 -- Of reported attempts [[namespace, id, attempt], …]: those that this session has already ended, so the report was a repetition.

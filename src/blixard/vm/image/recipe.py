@@ -9,7 +9,7 @@ from blixard.vm.image.guest_code import find_guest_code, init_script
 from blixard.vm.image.python_packages import our_pins
 from blixard.vm.image.spec import ImageSpec, digest_of, digest_of_bytes
 
-VERSION = "2"
+VERSION = "3"
 """Of what the builder does with its inputs: a new one makes new images."""
 
 

@@ -34,7 +34,7 @@ _STEP_NAMES = {
     "extracting": "unpacking packages",
     "installing": "setting packages up",
     "running special hook: tar-in": "adding what is ours",
-    "creating": "packing",
+    "creating tarball": "packing",
 }
 _STEPS = re.compile(f"I: ({'|'.join(_STEP_NAMES)})")
 _CLEAN = """
@@ -44,8 +44,9 @@ find "$1"/var/log -type f -delete
 """
 _COMPILE = """
 import compileall, pathlib, py_compile, sys
+mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
 for path in sys.argv[1:]:
-    compileall.compile_dir(path, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    compileall.compile_dir(path, quiet=2, force=path.startswith("/usr/share"), invalidation_mode=mode)
 for path in pathlib.Path("/usr/lib").glob("python3*"):
     for file in path.rglob("*.pyc"):
         with file.open("r+b") as code:
@@ -54,7 +55,8 @@ for path in pathlib.Path("/usr/lib").glob("python3*"):
                 code.seek(4)
                 code.write(b"\\1")
 """
-"""Debian's Python marks what it compiles as to be compared with its source at each import. Nothing in an image ever changes."""
+"""Debian's Python marks what it compiles as to be compared with its source at each import. Nothing in an image ever changes.
+What Debian's own tools have in /usr/share is compiled by whichever of them comes first, each in its own way."""
 
 
 def build_root(
@@ -170,7 +172,7 @@ def _install_debian(spec: ImageSpec, work: Path, tools: Tools, step: Callable[[s
 
 def _list_hooks(spec: ImageSpec, work: Path) -> list[str]:
     """Return what mmdebstrap does at the end: in words of its own, or of a shell whose $1 is the new root directory."""
-    compiled = f"/{OUR_SITE} /{_site_packages(spec)} /usr/lib/python3/dist-packages"
+    compiled = f"/{OUR_SITE} /{_site_packages(spec)} /usr/lib/python3/dist-packages /usr/share/python3"
     return [
         f"tar-in {work}/extra.tar /",
         f'echo "{JOB_USER}:x:{JOB_ID}:{JOB_ID}::/home/{JOB_USER}:/bin/bash" >>"$1/etc/passwd"',

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
 
-from blixard.errors import InvalidRequest, JobError, WaitTimedOut, WorkerLost
+from blixard.errors import BlixardError, InvalidRequest, JobError, WaitTimedOut, WorkerLost
 from blixard.protocol.jobs import JobResult
 from blixard.sdk.handle import JobHandle
 from blixard.sdk.mapping import check_timeout
@@ -18,34 +18,58 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-def gather(*handles: JobHandle[R], timeout: float | None = None, return_exceptions: bool = False) -> list[R]:
+@overload
+def gather(
+    *handles: JobHandle[R], timeout: float | None = None, return_exceptions: Literal[False] = False
+) -> list[R]: ...
+@overload
+def gather(*handles: JobHandle[R], timeout: float | None = None, return_exceptions: bool) -> list[R | BlixardError]: ...
+def gather(
+    *handles: JobHandle[R], timeout: float | None = None, return_exceptions: bool = False
+) -> list[R] | list[R | BlixardError]:
     """Wait for all of these jobs and return their results in the order of the arguments.
 
     The first job that ends without a result raises what its ``result`` raises; the others go on. ``return_exceptions`` puts
     errors in the place of results instead. ``timeout``: seconds for all of them, then ``WaitTimedOut``. Raises
     ``InvalidRequest`` for handles of different apps.
     """
-    found: dict[JobHandle[R], R] = {}
+    found: dict[JobHandle[R], R | BlixardError] = {}
     for handle in as_completed(handles, timeout=timeout):
         try:
             found[handle] = handle.result()
         except (JobError, WorkerLost) as error:
-            found[handle] = _among_results(error, wanted=return_exceptions)
+            if not return_exceptions:
+                raise
+            found[handle] = error
     return [found[handle] for handle in handles]
 
 
+@overload
+async def gather_async(
+    *handles: JobHandle[R],
+    timeout: float | None = None,  # noqa: ASYNC109 - the user's word
+    return_exceptions: Literal[False] = False,
+) -> list[R]: ...
+@overload
+async def gather_async(
+    *handles: JobHandle[R],
+    timeout: float | None = None,  # noqa: ASYNC109 - the user's word
+    return_exceptions: bool,
+) -> list[R | BlixardError]: ...
 async def gather_async(
     *handles: JobHandle[R],
     timeout: float | None = None,  # noqa: ASYNC109 - the user's word
     return_exceptions: bool = False,
-) -> list[R]:
+) -> list[R] | list[R | BlixardError]:
     """Do the same in an event loop, which stays free."""
-    found: dict[JobHandle[R], R] = {}
+    found: dict[JobHandle[R], R | BlixardError] = {}
     async for handle in as_completed_async(handles, timeout=timeout):
         try:
             found[handle] = await handle.result_async()
         except (JobError, WorkerLost) as error:
-            found[handle] = _among_results(error, wanted=return_exceptions)
+            if not return_exceptions:
+                raise
+            found[handle] = error
     return [found[handle] for handle in handles]
 
 
@@ -103,6 +127,7 @@ def _completed(waiting: _Collection[R]) -> Iterator[JobHandle[R]]:
     if client is None or ends is None:
         return
     deadline = waiting.begin()
+    client.call(ends.look)
     watching = client.start(ends.watch)
     try:
         while len(waiting):
@@ -116,6 +141,7 @@ async def _completed_async(waiting: _Collection[R]) -> AsyncIterator[JobHandle[R
     if client is None or ends is None:
         return
     deadline = waiting.begin()
+    await client.call_async(ends.look)
     watching = client.start(ends.watch)
     try:
         while len(waiting):
@@ -139,9 +165,3 @@ def _checked(handles: Iterable[JobHandle[R]]) -> Sequence[JobHandle[R]]:
                 hint="wait for the jobs of each app by itself",
             )
     return given
-
-
-def _among_results(error: JobError | WorkerLost, *, wanted: bool) -> Any:  # Any: the caller asked for it by name
-    if not wanted:
-        raise error
-    return error

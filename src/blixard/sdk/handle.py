@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from blixard.client.blocking import Client
     from blixard.client.contract import AsyncClient
 
-R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
-class JobHandle(Generic[R]):
+class JobHandle(Generic[R_co]):
     """Stands for a job that is stored durably; keep its ``id`` and get a handle again with ``App.handle(id)``."""
 
     def __init__(
@@ -39,7 +39,7 @@ class JobHandle(Generic[R]):
     def __repr__(self) -> str:
         return f"<job {self.id}>"
 
-    def result(self, timeout: float | None = None) -> R:
+    def result(self, timeout: float | None = None) -> R_co:
         """Wait for the end and return what the function returned.
 
         Raises ``JobFailed`` (with the remote traceback), ``JobTimedOut``, ``JobCancelled``, ``WorkerLost``, and ``WaitTimedOut``
@@ -50,7 +50,7 @@ class JobHandle(Generic[R]):
             return self._value(inline_result(self._end))
         return self._value(self.client.call(lambda client: self._fetch(client, timeout)))
 
-    async def result_async(self, timeout: float | None = None) -> R:  # noqa: ASYNC109 - the user's word
+    async def result_async(self, timeout: float | None = None) -> R_co:  # noqa: ASYNC109 - the user's word
         """Do the same in an event loop, which stays free meanwhile."""
         if self._end is not None and self._end.result_blob is None:
             return self._value(inline_result(self._end))
@@ -63,8 +63,8 @@ class JobHandle(Generic[R]):
             end = await insist(lambda: client.result(self.id, timeout=deadline.left()), deadline)
         return await insist(partial(fetch_result, client, end))
 
-    def _value(self, data: bytes | None) -> R:
-        return cast("R", decode_result(self._encoding, data))
+    def _value(self, data: bytes | None) -> R_co:
+        return cast("R_co", decode_result(self._encoding, data))
 
     def note_end(self, end: JobResult) -> None:
         """Be told how the job ended, so that ``result`` need not ask again."""

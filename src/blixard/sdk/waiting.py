@@ -43,6 +43,14 @@ class Ends:
         self._idle.update(dict.fromkeys(ids))
         self._bell.set()
 
+    async def look(self, client: AsyncClient) -> None:
+        """Note what has ended already, so that even a deadline that is over finds it. Before ``watch``."""
+        ids = list(self._idle)
+        self._idle.clear()
+        for start in range(0, len(ids), MAX_GROUP):
+            group = ids[start : start + MAX_GROUP]
+            self._note(await self._patience.insist(partial(client.wait, group, wait=0.0)), group)
+
     async def take(self, deadline: Deadline | None = None) -> list[JobResult]:
         """Return what ended since the last call, waiting for something; empty only after the deadline or ``wake``.
 

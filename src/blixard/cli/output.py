@@ -20,6 +20,7 @@ STATE_STYLES = {
     "dead": "red",
     "ok": "green",
     "missing": "red",
+    "damaged": "red",
     "limited": "yellow",
 }
 

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "stats": ("admin", _SERVE, "Count jobs by state and queue."),
     "token": ("token", _SERVE, "Create, list and revoke access tokens."),
     "config": ("config", _CARE, "Show the settings and where each comes from."),
+    "image": ("image", _CARE, "List, build and remove images of virtual machines."),
     "doctor": ("doctor", _CARE, "Say what works on this machine and how to get the rest."),
     "prune": ("admin", _CARE, "Remove what is past its retention time, now."),
     "version": ("admin", _CARE, "Print the version."),

@@ -70,6 +70,27 @@ pub struct WriteRequest {
     pub operations: Vec<Operation>,
 }
 
+/// A piece of an encoded `WriteRequest`. Replication sends an entry again from its start when it takes longer than a heartbeat, so a large entry
+/// would stop the cluster for good: what is larger than `PART_BYTES` travels in parts, and is carried out with the last one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part<'a> {
+    pub origin: &'a [u8],
+    pub number: u64,
+    pub base: u64,
+    pub index: u32,
+    pub is_last: bool,
+    pub data: &'a [u8],
+}
+
+pub const PART_BYTES: usize = 256 * 1024;
+
+/// What one log entry holds.
+#[derive(Debug, PartialEq)]
+pub enum Entry<'a> {
+    Whole(WriteRequest),
+    Part(Part<'a>),
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct ReadRequest {
     /// Answered only from a state that has this commit; else `Answer::Behind`.
@@ -294,12 +315,62 @@ impl<'a> Reader<'a> {
     }
 }
 
+const WHOLE: u8 = 0;
+const PART: u8 = 1;
+
+impl<'a> Entry<'a> {
+    pub fn decode(bytes: &'a [u8]) -> Decoded<Self> {
+        let mut reader = Reader::open(bytes)?;
+        match reader.byte()? {
+            WHOLE => WriteRequest::decode(bytes).map(Entry::Whole),
+            PART => Ok(Entry::Part(Part {
+                origin: reader.data()?,
+                number: reader.number()?,
+                base: reader.number()?,
+                index: u32::try_from(reader.length()?).map_err(|error| error.to_string())?,
+                is_last: reader.byte()? == 1,
+                data: reader.data()?,
+            })),
+            other => Err(format!("unknown kind {other} of a log entry")),
+        }
+    }
+}
+
+impl Part<'_> {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut writer = Writer::default();
+        writer.bytes.extend_from_slice(&[VERSION, PART]);
+        writer.data(self.origin);
+        writer.number(self.number);
+        writer.number(self.base);
+        writer.length(self.index as usize);
+        writer.bytes.push(u8::from(self.is_last));
+        writer.data(self.data);
+        writer.bytes
+    }
+}
+
 impl WriteRequest {
+    /// Return the entries that carry this request, in the order in which they must be sent.
+    pub fn entries(&self) -> Vec<Vec<u8>> {
+        let whole = self.encode();
+        if whole.len() <= PART_BYTES {
+            return vec![whole];
+        }
+        let count = whole.len().div_ceil(PART_BYTES);
+        let part = |(index, data): (usize, &[u8])| {
+            let index = u32::try_from(index).unwrap_or(u32::MAX);
+            let is_last = index as usize == count - 1;
+            Part { origin: &self.origin, number: self.number, base: self.base, index, is_last, data }.encode()
+        };
+        whole.chunks(PART_BYTES).enumerate().map(part).collect()
+    }
+
     pub fn encode(&self) -> Vec<u8> {
         let all = || self.operations.iter().flat_map(|operation| operation.statements.iter());
         let texts = Texts::of(all());
         let mut writer = Writer::default();
-        writer.bytes.push(VERSION);
+        writer.bytes.extend_from_slice(&[VERSION, WHOLE]);
         writer.data(&self.origin);
         writer.number(self.number);
         writer.number(self.base);
@@ -315,6 +386,9 @@ impl WriteRequest {
 
     pub fn decode(bytes: &[u8]) -> Decoded<Self> {
         let mut reader = Reader::open(bytes)?;
+        if reader.byte()? != WHOLE {
+            return Err("a part of a request stands where a whole one is expected".into());
+        }
         let origin = reader.data()?.to_vec();
         let (number, base) = (reader.number()?, reader.number()?);
         let texts = reader.texts()?;
@@ -482,6 +556,25 @@ mod tests {
         for answer in [Answer::Done { commit: 8, outcomes }, Answer::Stale, Answer::Behind { commit: 1 }] {
             assert_eq!(Answer::decode(&answer.encode()).unwrap(), answer);
         }
+    }
+
+    #[test]
+    fn a_large_request_travels_in_parts_that_make_it_up() {
+        let text = Value::Text("x".repeat(3 * PART_BYTES));
+        let large = Statement { sql: "INSERT".into(), params: vec![("text".into(), text)] };
+        let write = WriteRequest { operations: vec![Operation { kind: Kind::Rows, statements: vec![large] }], ..request() };
+        let entries = write.entries();
+        assert_eq!(entries.len(), 4);
+        let mut joined = Vec::new();
+        for (position, entry) in entries.iter().enumerate() {
+            let Entry::Part(part) = Entry::decode(entry).unwrap() else { panic!("{position} is whole") };
+            assert_eq!((part.index as usize, part.is_last), (position, position == 3));
+            assert_eq!((part.origin, part.number, part.base), (&*write.origin, write.number, write.base));
+            assert!(entry.len() < PART_BYTES + 64);
+            joined.extend_from_slice(part.data);
+        }
+        assert_eq!(Entry::decode(&joined).unwrap(), Entry::Whole(write));
+        assert_eq!(request().entries(), [request().encode()]);
     }
 
     #[test]

@@ -10,7 +10,8 @@
 //! `ReadRequest` in one read transaction.
 
 use crate::codec::{
-    Answer, FAILURE_FORBIDDEN, FAILURE_PARAMETER, Failure, Kind, Operation, Outcome, ReadRequest, Statement, Value, WriteRequest,
+    Answer, Entry, FAILURE_FORBIDDEN, FAILURE_PARAMETER, Failure, Kind, Operation, Outcome, Part, ReadRequest, Statement, Value,
+    WriteRequest,
 };
 use crate::shared::{self, Shared};
 use blixard_raft::rusqlite::functions::{Context, FunctionFlags};
@@ -47,6 +48,10 @@ const BOOKS: &str = "
 CREATE TABLE IF NOT EXISTS _blixard_commits (id INTEGER PRIMARY KEY CHECK (id = 0), commit_number INTEGER NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS _blixard_origins (
     origin BLOB NOT NULL PRIMARY KEY, number INTEGER NOT NULL, commit_number INTEGER NOT NULL, answer BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _blixard_parts (
+    origin BLOB NOT NULL, number INTEGER NOT NULL, part INTEGER NOT NULL, base INTEGER NOT NULL, data BLOB NOT NULL,
+    PRIMARY KEY (origin, number, part)
 ) STRICT, WITHOUT ROWID;
 ";
 
@@ -158,9 +163,9 @@ impl From<rusqlite::Error> for Stop {
 type Step<T> = Result<T, Stop>;
 
 fn apply(connection: &Connection, bytes: &[u8], shared: Option<&Shared>) -> Result<Vec<u8>, String> {
-    let request = WriteRequest::decode(bytes)?;
+    let entry = Entry::decode(bytes)?;
     loop {
-        let trouble = match Transaction::run(connection, &request) {
+        let trouble = match Transaction::run(connection, &entry) {
             Ok(applied) => {
                 if let Some(shared) = shared {
                     shared.set_trouble(None);
@@ -203,32 +208,68 @@ impl Drop for Transaction<'_> {
 }
 
 impl<'a> Transaction<'a> {
-    /// Carry out the request, or find that it was carried out before. The error is the storage's.
-    fn run(connection: &'a Connection, request: &WriteRequest) -> Result<Applied, String> {
+    /// Carry out the entry, or find that it was carried out before. The error is the storage's.
+    fn run(connection: &'a Connection, entry: &Entry<'_>) -> Result<Applied, String> {
         let transaction = Transaction { connection };
-        match transaction.attempt(request) {
+        let applied = match entry {
+            Entry::Whole(request) => transaction.attempt(request),
+            Entry::Part(part) => transaction.take_part(part),
+        };
+        match applied {
             Ok(applied) => Ok(applied),
             Err(Stop::Storage(message)) => Err(message),
             // Our own bookkeeping, or COMMIT, refused: a state that no good request leads to.
             Err(Stop::Failure(failure)) => {
-                let outcomes = request.operations.iter().map(|_| Outcome::Failed(failure.clone())).collect();
-                Ok(Applied { answer: Answer::Done { commit: 0, outcomes }.encode(), commit: None })
+                let answer = Answer::Done { commit: 0, outcomes: vec![Outcome::Failed(failure)] }.encode();
+                Ok(Applied { answer, commit: None })
             }
         }
+    }
+
+    /// Keep a part; with the last one carry out what the parts make up.
+    fn take_part(&self, part: &Part<'_>) -> Step<Applied> {
+        self.begin()?;
+        if let Some(known) = self.recall(part.origin, part.number, part.base)? {
+            return Ok(Applied { answer: known, commit: None });
+        }
+        let (number, index) = (signed(part.number), i64::from(part.index));
+        self.connection.execute(
+            "INSERT OR REPLACE INTO _blixard_parts (origin, number, part, base, data) VALUES (?1, ?2, ?3, ?4, ?5)",
+            (part.origin, number, index, signed(part.base), part.data),
+        )?;
+        let joined = if part.is_last { Some(self.join_parts(part)?) } else { None };
+        self.connection.execute_batch("COMMIT")?;
+        let Some(joined) = joined else {
+            return Ok(Applied { answer: Answer::Done { commit: 0, outcomes: Vec::new() }.encode(), commit: None });
+        };
+        match WriteRequest::decode(&joined) {
+            Ok(request) => self.attempt(&request),
+            // The sender sends the last part only after all others were applied, so this is a bug of ours; the same one on every node.
+            Err(message) => Err(Stop::Failure(Failure { code: i64::from(ffi::SQLITE_ERROR), message })),
+        }
+    }
+
+    fn join_parts(&self, part: &Part<'_>) -> Step<Vec<u8>> {
+        let mut find = self.connection.prepare("SELECT data FROM _blixard_parts WHERE origin = ?1 AND number = ?2 ORDER BY part")?;
+        let mut rows = find.query((part.origin, signed(part.number)))?;
+        let mut joined = Vec::new();
+        while let Some(row) = rows.next()? {
+            joined.extend_from_slice(row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?);
+        }
+        Ok(joined)
     }
 
     fn attempt(&self, request: &WriteRequest) -> Step<Applied> {
         let mut refused: HashMap<usize, Failure> = HashMap::new();
         loop {
             self.begin()?;
-            let last_commit = self.last_commit()?;
-            if let Some(known) = self.recall(request, last_commit)? {
+            if let Some(known) = self.recall(&request.origin, request.number, request.base)? {
                 return Ok(Applied { answer: known, commit: None });
             }
             let before = self.connection.total_changes();
             let Some(outcomes) = self.carry_out(&request.operations, &mut refused)? else { continue };
             let changed = self.connection.total_changes() != before;
-            let commit = last_commit + 1;
+            let commit = self.last_commit()? + 1;
             let answer = Answer::Done { commit, outcomes }.encode();
             self.remember(request, commit, &answer)?;
             self.connection.execute_batch("COMMIT")?;
@@ -250,13 +291,13 @@ impl<'a> Transaction<'a> {
     }
 
     /// The answer to a request that needs, or allows, no carrying out.
-    fn recall(&self, request: &WriteRequest, last_commit: u64) -> Step<Option<Vec<u8>>> {
+    fn recall(&self, origin: &[u8], number: u64, base: u64) -> Step<Option<Vec<u8>>> {
         let mut find = self.connection.prepare("SELECT number, answer FROM _blixard_origins WHERE origin = ?1")?;
-        let row = find.query_row([&request.origin], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?))).optional()?;
+        let row = find.query_row([origin], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?))).optional()?;
         match row {
-            Some((number, answer)) if number == signed(request.number) => Ok(Some(answer)),
-            Some((number, _)) if number > signed(request.number) => Ok(Some(Answer::Stale.encode())),
-            _ if request.base.saturating_add(MEMORY_COMMITS) < last_commit => Ok(Some(Answer::Stale.encode())),
+            Some((last, answer)) if last == signed(number) => Ok(Some(answer)),
+            Some((last, _)) if last > signed(number) => Ok(Some(Answer::Stale.encode())),
+            _ if base.saturating_add(MEMORY_COMMITS) < self.last_commit()? => Ok(Some(Answer::Stale.encode())),
             _ => Ok(None),
         }
     }
@@ -268,9 +309,11 @@ impl<'a> Transaction<'a> {
             "INSERT OR REPLACE INTO _blixard_origins (origin, number, commit_number, answer) VALUES (?1, ?2, ?3, ?4)",
             (&request.origin, signed(request.number), signed(commit), answer),
         )?;
+        connection.execute("DELETE FROM _blixard_parts WHERE origin = ?1 AND number <= ?2", (&request.origin, signed(request.number)))?;
         if commit.is_multiple_of(SWEEP_COMMITS) {
             let oldest = signed(commit.saturating_sub(MEMORY_COMMITS));
             connection.execute("DELETE FROM _blixard_origins WHERE commit_number < ?1", [oldest])?;
+            connection.execute("DELETE FROM _blixard_parts WHERE base < ?1", [oldest])?;
         }
         Ok(())
     }

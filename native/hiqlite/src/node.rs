@@ -86,6 +86,8 @@ impl Settings {
             read_pool_size: READERS,
             raft_config: RaftConfig {
                 heartbeat_interval: self.heartbeat_ms,
+                // All entries of one message must arrive within a heartbeat.
+                max_payload_entries: 8,
                 election_timeout_min: self.election_ms.0,
                 election_timeout_max: self.election_ms.1,
                 ..blixard_raft::default_raft_config(self.logs_until_snapshot)
@@ -289,9 +291,20 @@ fn from_status(py: Python<'_>, status: Status) -> PyResult<Bound<'_, PyDict>> {
     Ok(entries)
 }
 
+/// Send the entries of a request one after the other; the last one brings the answer. `patience` is for each.
 async fn send_write(client: Client, request: WriteRequest, patience: Duration) -> Result<Answer, Trouble> {
-    let sent = blixard_raft::write(&client, APPLY, request.encode());
-    decode(&timeout(patience, sent).await.map_err(|_| Trouble::OutcomeUnknown("no answer in time".into()))??)
+    let mut answer = Err(Trouble::Refused("a request without entries".into()));
+    for entry in request.entries() {
+        let sent = blixard_raft::write(&client, APPLY, entry);
+        answer = decode(&timeout(patience, sent).await.map_err(|_| Trouble::OutcomeUnknown("no answer in time".into()))??);
+        if let Ok(Answer::Done { commit: 1.., .. }) = answer {
+            break; // a repetition: carried out before, whatever part asked
+        }
+        if answer.is_err() {
+            break;
+        }
+    }
+    answer
 }
 
 fn decode(answer: &[u8]) -> Result<Answer, Trouble> {

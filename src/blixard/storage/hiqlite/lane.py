@@ -14,8 +14,8 @@ from blixard.storage.hiqlite.operations import Outcome, translate_failure
 MAX_QUEUED = 10_000
 """Calls that wait in a lane; a further one waits before it is queued."""
 MAX_BATCH = 2_000
-MAX_BATCH_BYTES = 4 * 1024 * 1024
-"""A batch takes no further operation above this; a single larger one travels alone."""
+MAX_BATCH_BYTES = 256 * 1024
+"""A batch takes no further operation above this, so that it is one entry of the log; a single larger one travels alone, in parts."""
 
 Send = Callable[[Sequence[Operation]], Awaitable[Sequence[Outcome]]]
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 import blixard_hiqlite
-from blixard_hiqlite import Node, Operation
+from blixard_hiqlite import Failure, Node, Operation
 
 from blixard.errors import BlixardError, InternalError, OutcomeUnknown, StoreUnavailable
 from blixard.storage.hiqlite.operations import Outcome, translate_trouble
@@ -88,6 +88,8 @@ class ReplicatedLog:
             except blixard_hiqlite.HiqliteError as error:
                 raise _translate(error, is_sent=is_sent) from error
             else:
+                if commit == 0:
+                    raise InternalError(f"the cluster could not carry out a request: {_first_message(outcomes)}")
                 self._acknowledged = max(self._acknowledged, commit)
                 return outcomes
             if self._node.trouble() is not None or not await patience.pause():
@@ -129,6 +131,10 @@ class ReplicatedLog:
         return StoreUnavailable(
             f"the cluster has no leader: {error}", hint="a majority of its nodes must run and reach each other"
         )
+
+
+def _first_message(outcomes: Sequence[Outcome]) -> str:
+    return next((outcome.message for outcome in outcomes if isinstance(outcome, Failure)), "nothing said why")
 
 
 def _translate(error: blixard_hiqlite.HiqliteError, *, is_sent: bool) -> BlixardError:

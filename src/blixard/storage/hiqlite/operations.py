@@ -8,7 +8,7 @@ from blixard_hiqlite import Failure, Operation
 
 from blixard.errors import BlixardError, ConstraintFailed, InternalError, StoreFull, StoreUnavailable
 from blixard.storage.database import Params, Statement
-from blixard.storage.hiqlite.settings import MAX_ENTRY_BYTES
+from blixard.storage.hiqlite.settings import MAX_OPERATION_BYTES
 
 Outcome = list[tuple[str | int | float | bytes | None, ...]] | list[int] | Failure
 
@@ -39,8 +39,8 @@ def name_transaction(statements: Sequence[tuple[Statement, Params]]) -> str:
 
 
 def _limit(operation: Operation, name: str) -> Operation:
-    if operation.size > MAX_ENTRY_BYTES:
-        raise InternalError(f"{name!r} takes {operation.size} bytes; a cluster's log takes {MAX_ENTRY_BYTES} at a time")
+    if operation.size > MAX_OPERATION_BYTES:
+        raise InternalError(f"{name!r} takes {operation.size} bytes; a cluster takes {MAX_OPERATION_BYTES} at a time")
     return operation
 
 

@@ -11,10 +11,10 @@ from blixard.errors import ConfigError
 KIB = 1024
 MIB = 1024 * KIB
 MIN_SECRET_LENGTH = 16
-LOG_FILE_BYTES = 32 * MIB
-"""The log is kept in files of this size. The engine takes no entry that does not fit into one."""
-MAX_ENTRY_BYTES = 24 * MIB
-"""Largest single write; the rest of a log file is room for headers."""
+LOG_FILE_BYTES = 16 * MIB
+"""The log is kept in files of this size."""
+MAX_OPERATION_BYTES = 32 * MIB
+"""Largest single write. It travels in parts of 256 KiB: the engine sends an entry again from its start when it takes longer than a heartbeat."""
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,8 +44,9 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     raft_secret: str
     api_secret: str
     listen: str = "127.0.0.1"
-    heartbeat_seconds: float = 0.15
-    election_seconds: tuple[float, float] = (0.5, 1.0)
+    heartbeat_seconds: float = 0.25
+    """Also the time within which a follower must have received and stored what the leader sends at once, up to 2 MiB."""
+    election_seconds: tuple[float, float] = (0.75, 1.5)
     """A follower that hears nothing for a random time between the two asks for a new leader."""
     entries_until_snapshot: int = 5_000
     tls: TlsFiles | None = None

@@ -34,6 +34,7 @@ class VmMode(enum.StrEnum):
     """A machine that serves one job of its namespace after the other, until it is recycled: a kind of isolation standard."""
 
 
+STRENGTH = {isolation: strength for strength, isolation in enumerate(Isolation)}
 CPU_STEPS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0)
 MEMORY_STEPS_MB = (
     0,
@@ -130,4 +131,14 @@ def _check_vm(requirements: JobRequirements) -> None:
             "an image is what a virtual machine boots, and this job asks for none",
             field="requirements.image",
             hint="ask for isolation maximum, or for vm_mode service",
+        )
+
+
+def check_policy(requirements: JobRequirements, minimum: Isolation) -> None:
+    """Raise ``InvalidRequest`` if the job asks for less isolation than whoever runs the server demands of all jobs."""
+    if STRENGTH[requirements.isolation] < STRENGTH[minimum]:
+        raise InvalidRequest(
+            f"the job asks for isolation {requirements.isolation}, and this server runs none below {minimum} (sandbox.minimum_isolation)",
+            field="requirements.isolation",
+            hint=f"submit it with isolation {minimum}",
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from blixard.domain.requirements import Isolation
 from blixard.services.clock import Clock, SystemClock
 from blixard.services.job_commands import JobCommandService
 from blixard.services.job_logs import JobLogService
@@ -40,6 +41,7 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     data_dir: Path | None = None
     lease_seconds: float = 10.0
+    minimum_isolation: Isolation = Isolation.MINIMAL
     maintenance: MaintenanceConfig = MaintenanceConfig()
     promoter: PromoterConfig = PromoterConfig()
     pruner: PrunerConfig = PrunerConfig()
@@ -116,7 +118,9 @@ def build_control_plane(
         database=database,
         blobs=blobs,
         log_store=logs,
-        commands=JobCommandService(store.jobs, store.batches, placement, blobs, clock, workers.expect),
+        commands=JobCommandService(
+            store.jobs, store.batches, placement, blobs, clock, workers.expect, config.minimum_isolation
+        ),
         queries=queries,
         workers=workers,
         tokens=TokenService(store.tokens, clock),

@@ -11,6 +11,7 @@ from blixard.domain.ids import check_id, new_job_id
 from blixard.domain.job import NewJob
 from blixard.domain.limits import MAX_ARGUMENTS_BYTES, MAX_BATCH_JOBS, MAX_INPUTS, MAX_PRIORITY
 from blixard.domain.payload import blobs_of
+from blixard.domain.requirements import Isolation, check_policy
 from blixard.domain.spec import check_spec
 from blixard.domain.state_machine import JobState
 from blixard.errors import BatchNotFound, IdTaken, InvalidRequest, InvalidTransition, JobNotFound, LimitExceeded
@@ -40,14 +41,16 @@ class JobCommandService:
         blobs: BlobStore,
         clock: Clock,
         expect: Callable[[int], None],
+        minimum_isolation: Isolation = Isolation.MINIMAL,
     ) -> None:
-        """``expect`` is told the placement class of each submission just before it is stored."""
+        """``expect`` is told the placement class of each submission just before it is stored. Jobs below ``minimum_isolation`` are refused."""
         self._jobs = jobs
         self._batches = batches
         self._placement = placement
         self._blobs = blobs
         self._clock = clock
         self._expect = expect
+        self._minimum_isolation = minimum_isolation
 
     async def submit(self, namespace: str, request: SubmitRequest, *, submitter: str = "") -> SubmitReply:
         """Store up to 1,000 jobs of one spec, all or none; on disk when this returns.
@@ -55,6 +58,7 @@ class JobCommandService:
         A repeated id with the same content is the same job. Raises ``InvalidRequest``, ``LimitExceeded``,
         ``BlobNotFound``, ``IdTaken``; nothing is stored then.
         """
+        check_policy(request.spec.requirements, self._minimum_isolation)
         named = _named_jobs(request)
         stored = self._placement.remembered(namespace, request.spec, submitter)
         if stored is None:

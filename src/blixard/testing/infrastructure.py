@@ -14,16 +14,34 @@ from blixard.domain.worker import WorkerOffer
 from blixard.infrastructure import assemble_worker
 from blixard.services.clock import Clock
 from blixard.services.control_plane import ControlPlane, ControlPlaneConfig, build_control_plane
+from blixard.services.vms import VmService
 from blixard.storage.blobs import BlobStore
 from blixard.storage.database import Database
 from blixard.storage.logs import LocalLogStore, LogStore
 from blixard.testing.clock import FakeClock
 from blixard.testing.fake_backend import FakeBackend
+from blixard.testing.fake_hypervisor import FakeHypervisor
 from blixard.testing.storage import memory_blob_store, memory_database
+from blixard.vm.image.guest_image import GuestImage
+from blixard.vm.manager import VmManager
+from blixard.vm.policy import RoutingRules, VmManagerConfig
 from blixard.worker.gateway import WorkerGateway
 from blixard.worker.home import WorkerHome
+from blixard.worker.microvm import VM_ISOLATIONS
 from blixard.worker.options import WorkerOptions
 from blixard.worker.worker import Worker
+
+
+class TestImages:
+    """An image of any name, without files."""
+
+    __test__ = False
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    async def open(self, name: str) -> GuestImage:
+        return GuestImage(name=name, digest="0" * 64, directory=self._directory)
 
 
 class TestInfrastructureFactory:
@@ -36,7 +54,8 @@ class TestInfrastructureFactory:
 
     def __init__(self, directory: Path, *, clock: Clock | None = None, backend: FakeBackend | None = None) -> None:
         self.clock = clock or FakeClock()
-        self.backend = backend or FakeBackend()
+        self.backend = backend or FakeBackend(isolations=frozenset(Isolation))
+        self.hypervisor = FakeHypervisor()
         self._directory = directory
         self._plane: ControlPlane | None = None
 
@@ -64,8 +83,19 @@ class TestInfrastructureFactory:
         return self._plane
 
     def create_backends(self, worker_type: WorkerType, settings: BackendSettings) -> dict[Isolation, ExecutionBackend]:
-        del worker_type, settings
-        return {Isolation.MINIMAL: self.backend, Isolation.STANDARD: self.backend}
+        del settings
+        levels = VM_ISOLATIONS if worker_type is WorkerType.MICROVM else (Isolation.MINIMAL, Isolation.STANDARD)
+        return dict.fromkeys(levels, self.backend)
+
+    def create_vm_manager(self) -> VmManager:
+        """Return a manager on machines in memory: at most three of 256 MB, none kept ready."""
+        config = VmManagerConfig(
+            directory=self._directory / "vm", routing=RoutingRules(max_vms=3, pool=0), memory_mb=256
+        )
+        return VmManager(config, self.hypervisor, TestImages(self._directory), self.clock)
+
+    def create_vm_service(self) -> VmService:
+        return VmService(self.create_vm_manager(), lambda _: self.backend)
 
     def create_home(self, *, is_local: bool) -> WorkerHome:
         del is_local
@@ -78,7 +108,9 @@ class TestInfrastructureFactory:
         *,
         worker_types: Sequence[WorkerType] = (),
         submitter: str | None = None,
+        vm_manager: VmManager | None = None,
     ) -> Worker:
+        del vm_manager  # jobs run on the one backend, whatever they ask for
         settings = BackendSettings(scratch=home.directory)
         types = tuple(worker_types) or (WorkerType.PROCESS, WorkerType.WASM)
         offer = WorkerOffer(capabilities={}, slots=self.backend.slots, submitter=submitter)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from blixard.backends.contract import ExecutionBackend
+from blixard.backends.contract import BackendSettings, ExecutionBackend
 from blixard.domain.ids import new_id
 from blixard.domain.requirements import Isolation, WorkerType
 from blixard.domain.worker import Registration
-from blixard.errors import NotSupportedHere
+from blixard.errors import NotSupportedHere, VmUnavailable
 from blixard.protocol.workers import RegisterReply
 from blixard.services.clock import Clock
 from blixard.storage.locks import boot_id
@@ -23,6 +26,9 @@ from blixard.worker.local_files import LocalFiles
 from blixard.worker.options import WorkerOptions
 from blixard.worker.session import BackendTable, Session, SessionEnd
 from blixard.worker.sync_link import REPEATABLE
+
+if TYPE_CHECKING:
+    from blixard.vm.manager import VmManager
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +193,71 @@ class WasmWorker(Worker):
         self, gateway: WorkerGateway, *, wasm: ExecutionBackend, options: WorkerOptions, clock: Clock, home: WorkerHome
     ) -> None:
         super().__init__(gateway, wasm_backends(wasm), options, clock, home)
+
+
+@dataclass(frozen=True)
+class MicroVmWorkerConfig:
+    """``make_vm_manager`` is called only by a worker that stands alone."""
+
+    gateway: WorkerGateway
+    home: WorkerHome
+    options: WorkerOptions
+    clock: Clock
+    settings: BackendSettings
+    make_vm_manager: Callable[[], VmManager]
+
+
+class MicroVmWorker(Worker):
+    """Runs jobs in virtual machines: ``maximum`` each in a fresh one, ``standard`` in service machines of its namespace."""
+
+    def __init__(
+        self,
+        gateway: WorkerGateway,
+        *,
+        vm: ExecutionBackend,
+        options: WorkerOptions,
+        clock: Clock,
+        home: WorkerHome,
+        vm_manager: VmManager | None = None,
+    ) -> None:
+        super().__init__(gateway, vm_backends(vm), options, clock, home)
+        self.vm_manager = vm_manager
+
+    @classmethod
+    def with_vm_manager(cls, config: MicroVmWorkerConfig, vm_manager: VmManager) -> MicroVmWorker:
+        """Return a worker on a manager that somebody else starts and stops."""
+        from blixard.backends.microvm import MicroVmBackend
+
+        return cls._make(config, MicroVmBackend(config.settings, vm_manager), vm_manager)
+
+    @classmethod
+    def standalone(cls, config: MicroVmWorkerConfig) -> MicroVmWorker:
+        """Return a worker with a manager of its own, started and stopped with it; its service machines come up by themselves."""
+        from blixard.worker.microvm import OwnedVmBackend
+
+        manager = config.make_vm_manager()
+        return cls._make(config, OwnedVmBackend(config.settings, manager), manager)
+
+    @classmethod
+    def _make(cls, config: MicroVmWorkerConfig, vm: ExecutionBackend, vm_manager: VmManager) -> MicroVmWorker:
+        return cls(
+            config.gateway,
+            vm=vm,
+            options=config.options,
+            clock=config.clock,
+            home=config.home,
+            vm_manager=vm_manager,
+        )
+
+    async def start_service_vms(self) -> list[str]:
+        """Start the service machines that the settings ask for; return their ids when all are ready. Raises ``VmUnavailable``."""
+        if self.vm_manager is None:
+            raise VmUnavailable
+        return await self.vm_manager.start_service_vms()
+
+
+def vm_backends(vm: ExecutionBackend) -> BackendTable:
+    return {(WorkerType.MICROVM, isolation): vm for isolation in (Isolation.STANDARD, Isolation.MAXIMUM)}
 
 
 def process_backends(minimal: ExecutionBackend, standard: ExecutionBackend) -> BackendTable:

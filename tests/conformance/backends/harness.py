@@ -21,7 +21,7 @@ from blixard.domain.grants import InputFile
 from blixard.domain.lease import AttemptRef
 from blixard.domain.outcome import Outcome
 from blixard.domain.payload import Encoding, FunctionPayload, Payload
-from blixard.domain.requirements import Isolation, JobRequirements
+from blixard.domain.requirements import Isolation, JobRequirements, VmMode
 from blixard.domain.spec import JobSpec
 
 DEADLINE = 60.0
@@ -37,6 +37,10 @@ class Capability(enum.StrEnum):
     """The guest has signals: it can die of one and can handle SIGTERM."""
     PROCESSES = "processes"
     """The guest can start further processes."""
+    PROCESSES_SEEN = "processes_seen"
+    """The host sees the guest's processes among its own."""
+    LIVE_GRANTS = "live_grants"
+    """What is done to a granted path on the host while the job runs is seen by the job, and the other way round."""
     FUNCTION_STREAMS_ORDERED = "function_streams_ordered"
     """stdout and stderr of Python functions keep their order to each other."""
     MEMORY_LIMIT = "memory_limit"
@@ -67,6 +71,7 @@ class BackendHarness:
     capabilities: frozenset[Capability]
     lacks: Mapping[Capability, str] = field(default_factory=dict)
     arguments_prefix: Callable[[str], Sequence[str]] = lambda _source: ()
+    vm_mode: VmMode | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of BackendSettings."""
 
@@ -227,8 +232,12 @@ class Rig:
     def _spec(self, payload: Payload, options: Mapping[str, Any]) -> JobSpec:
         wanted = dict(options)
         memory = wanted.pop("memory_mb", None)
-        needs = JobRequirements(isolation=self.harness.isolation, memory_mb=memory)
+        needs = self.requirements(memory_mb=memory)
         return JobSpec(name="test", payload=payload, requirements=needs, **wanted)
+
+    def requirements(self, *, memory_mb: int | None = None) -> JobRequirements:
+        """Return what every job of this harness asks for."""
+        return JobRequirements(isolation=self.harness.isolation, vm_mode=self.harness.vm_mode, memory_mb=memory_mb)
 
     def _place(self, inputs: Mapping[str, bytes]) -> tuple[tuple[InputFile, ...], dict[str, Path]]:
         files = {}

@@ -29,6 +29,8 @@ HARNESSES = [
                 Capability.BULK,
                 Capability.SIGNALS,
                 Capability.PROCESSES,
+                Capability.PROCESSES_SEEN,
+                Capability.LIVE_GRANTS,
                 Capability.MEMORY_LIMIT,
                 Capability.ENVIRONMENT_PATHS,
                 Capability.FILES_PRIVATE,

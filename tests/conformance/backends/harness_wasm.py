@@ -34,11 +34,12 @@ def _make_harness(isolation: Isolation) -> BackendHarness:
         create=WasmBackend,
         program=python_in_wasm,
         isolation=isolation,
-        capabilities=frozenset({Capability.FILES_PRIVATE, Capability.MEMORY_LIMIT}),
+        capabilities=frozenset({Capability.FILES_PRIVATE, Capability.MEMORY_LIMIT, Capability.LIVE_GRANTS}),
         lacks={
             Capability.FUNCTIONS: "Python functions are not a Wasm payload; exported functions have tests of their own",
             Capability.SIGNALS: "WASI has none: a guest is ended by the engine's epoch",
             Capability.PROCESSES: "WASI has none",
+            Capability.PROCESSES_SEEN: "WASI has none",
             Capability.FUNCTION_STREAMS_ORDERED: "belongs to Python functions",
             Capability.PROGRAM_TRACEBACK: "a module is not known to be Python",
             Capability.BULK: "a module's run is long enough to pay for a coroutine",

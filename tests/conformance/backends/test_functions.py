@@ -17,7 +17,6 @@ from blixard.domain.grants import Grants
 from blixard.domain.lease import AttemptRef
 from blixard.domain.outcome import OutcomeKind
 from blixard.domain.payload import Encoding, FunctionPayload
-from blixard.domain.requirements import JobRequirements
 from blixard.domain.spec import JobSpec
 
 from .harness import Capability, Recorder, Rig, wait_until
@@ -122,7 +121,7 @@ async def test_a_result_that_is_no_json_is_one_clear_error(rig: Rig) -> None:
 
 
 async def test_a_function_without_a_bundle_comes_from_the_interpreter(rig: Rig) -> None:
-    needs = JobRequirements(isolation=rig.harness.isolation)
+    needs = rig.requirements()
     spec = JobSpec(name="test", payload=FunctionPayload(function="operator:add"), requirements=needs)
     outcome, _ = await rig.run(Execution(ref=rig.next_ref(), spec=spec, arguments=b"[[1,2],{}]"))
     assert outcome.result is not None, outcome.error
@@ -468,6 +467,7 @@ async def test_directories_of_ended_jobs_are_empty(rig: Rig) -> None:
     await wait_until(lambda: left() == [], "the files of ended jobs to be removed")
 
 
+@pytest.mark.requires(Capability.LIVE_GRANTS)
 async def test_release_gives_back_what_has_not_started_and_lets_run_what_has(rig: Rig) -> None:
     source = "import os, time\ndef job(path):\n    print('ready', flush=True)\n    while not os.path.exists(path): time.sleep(0.01)\n    return 'finished'\n"
     gate = rig.root / "gate"

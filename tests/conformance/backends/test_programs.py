@@ -334,7 +334,7 @@ print("ready", flush=True)
 """
 
 
-@pytest.mark.requires(Capability.PROCESSES)
+@pytest.mark.requires(Capability.PROCESSES_SEEN)
 @pytest.mark.parametrize("reason", [StopReason.CANCEL, StopReason.KILL])
 async def test_an_interrupt_ends_the_whole_tree_of_processes(rig: Rig, reason: StopReason) -> None:
     marker = uuid.uuid4().hex
@@ -347,7 +347,7 @@ async def test_an_interrupt_ends_the_whole_tree_of_processes(rig: Rig, reason: S
     assert processes_named(marker) == []
 
 
-@pytest.mark.requires(Capability.PROCESSES)
+@pytest.mark.requires(Capability.PROCESSES_SEEN)
 @pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)", "os.kill(os.getpid(), 9)"])
 async def test_processes_left_by_a_program_are_ended_with_it(rig: Rig, end: str) -> None:
     marker = uuid.uuid4().hex
@@ -356,7 +356,7 @@ async def test_processes_left_by_a_program_are_ended_with_it(rig: Rig, end: str)
     assert processes_named(marker) == []
 
 
-@pytest.mark.requires(Capability.PROCESSES)
+@pytest.mark.requires(Capability.PROCESSES_SEEN)
 async def test_a_timeout_ends_the_whole_tree_of_processes(rig: Rig) -> None:
     marker = uuid.uuid4().hex
     outcome, _ = await rig.run(rig.program(TREE.format(marker=marker, then="time.sleep(600)"), timeout=3.0))

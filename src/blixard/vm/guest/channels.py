@@ -198,6 +198,8 @@ class Program:
             if self._is_terminal:
                 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
             self._group.write("cgroup.procs", "0")
+            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+                file.write("0")  # the agent's own would be inherited
             os.chdir(order.get("directory") or "/")
             environment = {**self.agent.environment, **order.get("environment", {})}
             os.execvpe(order["argv"][0], order["argv"], environment)  # noqa: S606 -- the point: no shell

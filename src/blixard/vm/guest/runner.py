@@ -107,6 +107,7 @@ def _arrange_descriptors(descriptors: Sequence[int]) -> None:
 def _move_in(room: str, group: str, binds: Sequence[Bind]) -> None:
     """Join the cgroup, hide everything that others could write behind the job's own places, and give up being root."""
     _write(f"{group}/cgroup.procs", "0")
+    _write("/proc/self/oom_score_adj", "500")  # the agent's own would be inherited
     kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
     for name, path in _PLACES:
         kernel.mount(f"{room}/{name}", path, None, kernel.MS_BIND)

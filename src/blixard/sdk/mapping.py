@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -74,7 +75,7 @@ class BatchMap:
 
     async def begin(self, client: AsyncClient) -> None:
         insist = self._template.app.patience.insist
-        prepared = self._prepared = await insist(lambda: self._template.prepare(client))
+        prepared = self._prepared = await insist(partial(self._template.prepare, client), proves_contact=False)
         spec = prepared.spec
         # No arguments begin with a letter, so files are never taken for arguments.
         files = [f"input {item.path} {item.digest}".encode() for item in prepared.inputs]
@@ -175,8 +176,8 @@ class WindowMap:
         room = self._size - (self._submitted - self._taken)
         if self._is_exhausted or (self._index_of and room * REFILL_SHARE < self._size):
             return []
-        taken = [self._template.encode((item,), {}) for item in islice(self._inputs, min(room, MAX_BATCH_JOBS))]
-        self._is_exhausted = len(taken) < min(room, MAX_BATCH_JOBS)
+        taken = [self._template.encode((item,), {}) for item in islice(self._inputs, room)]
+        self._is_exhausted = len(taken) < room
         return taken
 
     async def next_page(self, client: AsyncClient, inputs: list[bytes], deadline: Deadline) -> list[Ended]:

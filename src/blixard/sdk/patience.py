@@ -38,11 +38,13 @@ class Patience:
         self._give_up = give_up
         self._was_reached = False
 
-    async def insist(self, call: Callable[[], Awaitable[R]], deadline: Deadline | None = None) -> R:
+    async def insist(
+        self, call: Callable[[], Awaitable[R]], deadline: Deadline | None = None, *, proves_contact: bool = True
+    ) -> R:
         """Return what ``call`` returns, calling it again while the server is away: it must be harmless to repeat.
 
         Raises ``ServerUnreachable`` or ``OutcomeUnknown`` after ``GIVE_UP_SECONDS`` or the deadline, and at once if the
-        server has never answered.
+        server has never answered. ``proves_contact``: the call asks the server in any case.
         """
         pauses = _pauses()
         lost_at: float | None = None
@@ -55,7 +57,7 @@ class Patience:
                 if is_hopeless or (deadline is not None and deadline.is_over()):
                     raise
             else:
-                self._was_reached = True
+                self._was_reached = self._was_reached or proves_contact
                 return reply
             await asyncio.sleep(next(pauses))
 

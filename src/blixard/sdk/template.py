@@ -83,9 +83,10 @@ class JobTemplate:
 
     async def _store(self, client: AsyncClient, arguments: Sequence[bytes], ids: Sequence[str]) -> None:
         insist = self.app.patience.insist
-        prepared = await insist(lambda: self.prepare(client))
+        prepared = await insist(partial(self.prepare, client), proves_contact=False)
         for numbers in requests(arguments):
-            jobs = [await prepared.job(client, arguments[n], ids[n]) for n in numbers]
+            making = [partial(prepared.job, client, arguments[n], ids[n]) for n in numbers]
+            jobs = [await insist(make, proves_contact=False) for make in making]
             request = SubmitRequest(spec=prepared.spec, jobs=jobs)
             await insist(partial(client.submit_many, request))
 

@@ -87,6 +87,9 @@ class TestInfrastructureFactory:
         levels = VM_ISOLATIONS if worker_type is WorkerType.MICROVM else (Isolation.MINIMAL, Isolation.STANDARD)
         return dict.fromkeys(levels, self.backend)
 
+    def missing_for_vms(self) -> str:
+        return ""
+
     def create_vm_manager(self) -> VmManager:
         """Return a manager on machines in memory: at most three of 256 MB, none kept ready."""
         config = VmManagerConfig(

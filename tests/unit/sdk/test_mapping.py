@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -11,8 +13,16 @@ from blixard.domain.job import NewJob
 from blixard.domain.limits import MAX_ARGUMENTS_BYTES, MAX_BATCH_JOBS, MAX_INLINE_ARGUMENTS_BYTES
 from blixard.domain.spec import JobSpec
 from blixard.domain.state_machine import JobState
-from blixard.errors import InvalidRequest, StoreFull
-from blixard.protocol.jobs import BatchResults, SubmitReply, SubmitRequest
+from blixard.errors import InvalidRequest, ServerUnreachable, StoreFull, WaitTimedOut
+from blixard.protocol.jobs import (
+    BatchResults,
+    BatchView,
+    OpenBatchRequest,
+    SubmitReply,
+    SubmitRequest,
+    WaitReply,
+)
+from blixard.sdk.mapping import MAX_IN_FLIGHT
 from tests.unit.cli.fake_client import Ending, FakeClient
 from tests.unit.sdk import jobs
 from tests.unit.sdk.conftest import Store
@@ -192,3 +202,196 @@ class TestStuck:
             assert value == 0
             break
         assert len(store.jobs) == MAX_BATCH_JOBS
+
+
+class Windowed(FakeClient):
+    """Ends at once what is waited for, the last submitted first, and notes how many were under way."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, store.run)
+        self.most = 0
+        self.taken = 0
+
+    async def wait(self, ids: Sequence[str], *, wait: float) -> WaitReply:
+        self._work()
+        self.most = max(self.most, len(self.store.jobs) - self.taken)
+        return WaitReply(ended=[self._result(job_id) for job_id in reversed(ids)])
+
+
+class TestWindow:
+    @pytest.fixture
+    def client(self, store: Store) -> Windowed:
+        return Windowed(store)
+
+    @pytest.mark.parametrize("size", [1, 2, 7, 100, 1_500, MAX_IN_FLIGHT])
+    def test_results_come_in_order_with_so_many_under_way_at_most(self, app: App, client: Windowed, size: int) -> None:
+        total = 2_100 if size >= 100 else 200
+        for number, value in enumerate(app.job(jobs.double).map(iter(range(total)), max_in_flight=size)):
+            assert value == 2 * number
+            client.taken += 1
+        assert client.taken == total
+        assert client.most == min(size, total)
+        assert client.store.batches == {}
+
+    def test_unordered_results_come_as_they_end(self, app: App) -> None:
+        found = list(app.job(jobs.double).map(range(4), max_in_flight=4, ordered=False))
+        assert found == [6, 4, 2, 0]
+
+    def test_inputs_may_be_without_end(self, app: App, store: Store) -> None:
+        results = app.job(jobs.double).map(itertools.count(), max_in_flight=10)
+        assert list(itertools.islice(results, 50)) == list(range(0, 100, 2))
+        results.close()  # type: ignore[attr-defined]  # a generator, of which the signature promises less
+        assert len(store.jobs) <= 60
+
+    def test_nothing_is_taken_before_the_first_result_is_asked_for(self, app: App) -> None:
+        inputs = iter(range(5))
+        results = app.job(jobs.double).map(inputs, max_in_flight=2)
+        assert next(inputs) == 0
+        assert list(results) == [2, 4, 6, 8]
+
+    def test_inputs_are_taken_in_the_thread_of_the_caller(self, app: App) -> None:
+        add = app.job(jobs.add)
+
+        def inputs() -> Iterator[int]:
+            assert threading.current_thread() is threading.main_thread()
+            yield add.submit(1).result()
+
+        assert list(app.job(jobs.double).map(inputs(), max_in_flight=2)) == [4]
+
+    def test_an_error_of_the_inputs_reaches_the_caller(self, app: App) -> None:
+        def inputs() -> Iterator[int]:
+            yield 1
+            raise OSError("the file ends here")
+
+        with pytest.raises(OSError, match="ends here"):
+            list(app.job(jobs.double).map(inputs(), max_in_flight=2))
+
+    def test_failures_raise_or_stand_among_the_results(self, app: App) -> None:
+        odd = app.job(jobs.fail_on_odd)
+        found = list(odd.map([0, 1, 2], max_in_flight=2, return_exceptions=True))
+        assert [found[0], type(found[1]), found[2]] == [0, JobFailed, 2]
+        with pytest.raises(JobFailed, match="1 is odd"):
+            list(odd.map([0, 1, 2], max_in_flight=2))
+
+    async def test_the_same_in_an_event_loop(self, app: App) -> None:
+        double = app.job(jobs.double)
+        assert [value async for value in double.map_async(range(50), max_in_flight=7)] == list(range(0, 100, 2))
+
+
+@pytest.mark.parametrize("size", [0, -1, MAX_IN_FLIGHT + 1, True, 1.5, "7"])
+def test_a_wrong_window_is_refused_at_once(app: App, size: object) -> None:
+    with pytest.raises(InvalidRequest, match="max_in_flight is") as caught:
+        app.job(jobs.double).map([1], max_in_flight=size)  # type: ignore[arg-type]  # that is the mistake
+    assert (caught.value.field, "all inputs at once" in (caught.value.hint or "")) == ("max_in_flight", True)
+
+
+def test_a_window_and_resume_are_in_conflict(app: App) -> None:
+    with pytest.raises(InvalidRequest, match="known again by all of its inputs") as caught:
+        app.job(jobs.double).map([1], max_in_flight=2, resume=True)
+    assert caught.value.field == "resume"
+
+
+@pytest.mark.parametrize("timeout", [-1, True, "3", float("nan")])
+def test_a_wrong_timeout_is_refused_at_once(app: App, timeout: object) -> None:
+    with pytest.raises(InvalidRequest, match="timeout is") as caught:
+        app.job(jobs.double).map([1], timeout=timeout)  # type: ignore[arg-type]  # that is the mistake
+    assert caught.value.field == "timeout"
+
+
+async def test_a_map_in_an_event_loop(app: App, client: FakeClient) -> None:
+    double = app.job(jobs.double)
+    total = MAX_BATCH_JOBS + 10
+    assert [value async for value in double.map_async(range(total))] == list(range(0, 2 * total, 2))
+    assert [value async for value in double.map_async(range(3), resume=True)] == [0, 2, 4]
+    assert [value async for value in double.map_async([])] == []
+    with pytest.raises(JobFailed):
+        await anext(app.job(jobs.fail_on_odd).map_async([1]))
+
+
+class Endless(FakeClient):
+    """Runs nothing."""
+
+    async def batch_results(
+        self, batch_id: str, *, after: int = 0, limit: int = 1000, wait: float = 0.0
+    ) -> BatchResults:
+        await asyncio.sleep(min(wait, 0.05))
+        return BatchResults(results=[], position=after, done=False)
+
+    async def wait(self, ids: Sequence[str], *, wait: float) -> WaitReply:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+class TestEndless:
+    @pytest.fixture
+    def client(self, store: Store) -> FakeClient:
+        return Endless(store, store.run)
+
+    @pytest.mark.parametrize("size", [None, 2])
+    def test_a_map_has_a_timeout(self, app: App, size: int | None) -> None:
+        results = app.job(jobs.double).map(range(3), timeout=0.3, max_in_flight=size)
+        with pytest.raises(WaitTimedOut, match=r"after 0\.3 s; its jobs go on"):
+            next(results)
+
+    @pytest.mark.parametrize("size", [None, 2])
+    async def test_the_same_in_an_event_loop(self, app: App, size: int | None) -> None:
+        results = app.job(jobs.double).map_async(range(3), timeout=0.3, max_in_flight=size)
+        with pytest.raises(WaitTimedOut):
+            await anext(results)
+
+
+class Restarting(FakeClient):
+    """Is away for two calls of every kind, once it has answered."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, store.run)
+        self.left = None
+        self.away = {"submit_many": 2, "batch_results": 2, "open_batch": 2}
+
+    def _go_away(self, call: str) -> None:
+        if self.store.jobs and self.away[call]:
+            self.away[call] -= 1
+            raise ServerUnreachable("no answer")
+
+    async def submit_many(self, request: SubmitRequest) -> SubmitReply:
+        self._go_away("submit_many")
+        return await super().submit_many(request)
+
+    async def open_batch(self, request: OpenBatchRequest) -> BatchView:
+        self._go_away("open_batch")
+        return await super().open_batch(request)
+
+    async def batch_results(
+        self, batch_id: str, *, after: int = 0, limit: int = 1000, wait: float = 0.0
+    ) -> BatchResults:
+        self._go_away("batch_results")
+        return await super().batch_results(batch_id, after=after, limit=limit, wait=wait)
+
+
+class TestRestarting:
+    @pytest.fixture
+    def client(self, store: Store) -> FakeClient:
+        return Restarting(store)
+
+    def test_a_map_goes_on_when_the_server_is_back(self, app: App, client: Restarting, store: Store) -> None:
+        app.job(jobs.add).submit(1)
+        assert list(app.job(jobs.double).map(range(2_500), resume=True)) == list(range(0, 5_000, 2))
+        assert client.away == {"submit_many": 0, "batch_results": 0, "open_batch": 0}
+        assert len(store.jobs) == 2_501
+
+
+class Gone(FakeClient):
+    """Never answers."""
+
+    async def submit_many(self, request: SubmitRequest) -> SubmitReply:
+        raise ServerUnreachable("no answer")
+
+
+class TestGone:
+    @pytest.fixture
+    def client(self, store: Store) -> FakeClient:
+        return Gone(store, store.run)
+
+    def test_a_server_that_never_answered_is_an_error_at_once(self, app: App) -> None:
+        with pytest.raises(ServerUnreachable):
+            app.job(jobs.add).submit(1)

@@ -7,15 +7,18 @@ from typing import Any, get_type_hints
 import pytest
 
 from blixard import App, RetryPolicy
+from blixard.client.blocking import Client
 from blixard.domain.grants import Grants
 from blixard.domain.limits import MAX_PRIORITY
-from blixard.domain.payload import Encoding, FunctionPayload
+from blixard.domain.payload import Encoding, FunctionPayload, blobs_of
 from blixard.domain.requirements import Isolation, JobRequirements, VmMode
 from blixard.domain.spec import JobSpec
-from blixard.errors import InvalidRequest
+from blixard.errors import BlobNotFound, InvalidRequest
+from blixard.protocol.jobs import SubmitReply, SubmitRequest
 from blixard.sdk.options import TAKES, JobOptions, OptionArguments
 from tests.unit.cli.fake_client import FakeClient
 from tests.unit.sdk import jobs
+from tests.unit.sdk.conftest import Store
 
 # Any: what a program without a type checker may pass.
 Options = Mapping[str, Any]
@@ -168,3 +171,88 @@ def test_options_change_one_thing_and_leave_the_declared_ones(app: App, client: 
     assert first.retry == RetryPolicy(delay=9.0, retries=2)
     assert second.retry == RetryPolicy(delay=9.0)
     assert first.tags == second.tags == ("a",)
+
+
+def test_input_files_travel_with_the_job(app: App, client: FakeClient, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("bread")
+    (tmp_path / "b.txt").write_text("milk")
+    job = app.job(input={"in/a.txt": tmp_path / "a.txt", "b.txt": tmp_path / "b.txt"})(jobs.add)
+    job.submit(1)
+    inputs = client.requests[-1].jobs[0].inputs
+    assert [item.path for item in inputs] == ["b.txt", "in/a.txt"]
+    assert [client.store.blobs[item.digest] for item in inputs] == [b"milk", b"bread"]
+    assert list(job.map([1, 2])) == [2, 3]
+    assert [found.inputs for found in client.requests[-1].jobs] == [inputs, inputs]
+
+
+def test_input_files_are_placed_as_the_command_line_places_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given: list[str | Path] = ["data/a.txt", "./b.txt", "../c.txt", "/far/d.txt", "~/e.txt", Path("f.txt")]
+    assert JobOptions().changed({"input": given}).input == {
+        "data/a.txt": f"{tmp_path}/data/a.txt",
+        "b.txt": f"{tmp_path}/b.txt",
+        "c.txt": f"{tmp_path.parent}/c.txt",
+        "d.txt": "/far/d.txt",
+        "e.txt": "/home/somebody/e.txt",
+        "f.txt": f"{tmp_path}/f.txt",
+    }
+
+
+def test_an_input_file_that_is_missing_is_told_before_anything_is_stored(
+    app: App, client: FakeClient, tmp_path: Path
+) -> None:
+    for path, words in ((tmp_path / "none.txt", "not there"), (tmp_path, "a directory")):
+        with pytest.raises(InvalidRequest, match=words) as caught:
+            app.job(input=[path])(jobs.add).submit(1)
+        assert caught.value.field == "input"
+    assert client.requests == []
+
+
+def test_an_input_file_is_sent_again_only_when_it_changes(app: App, client: FakeClient, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("bread")
+    job = app.job(input=[file])(jobs.add)
+    digests = []
+    for text in ("bread", "bread", "milk and honey"):
+        file.write_text(text)
+        job.submit(1)
+        digests.append(client.requests[-1].jobs[0].inputs[0].digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_other_content_of_an_input_file_is_another_map(app: App, client: FakeClient, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    job = app.job(input=[file])(jobs.add)
+    for text in ("bread", "bread", "milk and honey"):
+        file.write_text(text)
+        assert list(job.map([1], resume=True)) == [2]
+    assert len(client.store.batches) == 2
+
+
+class Forgetful(FakeClient):
+    """Refuses jobs whose blobs it does not have."""
+
+    async def submit_many(self, request: SubmitRequest) -> SubmitReply:
+        for digest in {item.digest for job in request.jobs for item in job.inputs} | set(
+            blobs_of(request.spec.payload)
+        ):
+            if digest not in self.store.blobs:
+                raise BlobNotFound(digest)
+        return await super().submit_many(request)
+
+
+def test_what_was_uploaded_and_is_gone_is_sent_again(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("bread")
+    with Client(lambda: Forgetful(store, store.run)) as client:
+        job = App("shop", client=client).job(input=[file])(jobs.add)
+        job.submit(1)
+        sent = set(store.blobs)
+        store.blobs.clear()
+        job.submit(1)
+    assert len(sent) == 2
+    assert set(store.blobs) == sent
+    assert len(store.jobs) == 2

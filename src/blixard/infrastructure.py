@@ -57,6 +57,9 @@ class InfrastructureFactory(Protocol):
     def create_backends(self, worker_type: WorkerType, settings: BackendSettings) -> dict[Isolation, ExecutionBackend]:
         """Return what runs jobs of this worker type at each isolation that it can have."""
 
+    def missing_for_vms(self) -> str:
+        """Return why no virtual machine can run here and what to do about it; empty if one can. Boots nothing."""
+
     def create_vm_manager(self) -> VmManager:
         """Raises ``VmUnavailable`` where no virtual machine can run, or none is wanted."""
 
@@ -142,6 +145,9 @@ class ProductionInfrastructureFactory:
             return {Isolation.MINIMAL: ProcessBackend(settings), Isolation.STANDARD: SandboxBackend(settings)}
         return self._vm_backends(settings, None)
 
+    def missing_for_vms(self) -> str:
+        return find_missing_for_vms(self.settings)
+
     def create_vm_manager(self, *, pool: int | None = None) -> VmManager:
         from blixard.vm.hypervisor.qemu import QemuHypervisor
         from blixard.vm.image.store import ImageStore
@@ -151,7 +157,7 @@ class ProductionInfrastructureFactory:
         config = vm_manager_config(self.settings)
         if pool is not None:
             config = msgspec.structs.replace(config, routing=msgspec.structs.replace(config.routing, pool=pool))
-        if reason := missing_for_vms(self.settings):
+        if reason := self.missing_for_vms():
             raise VmUnavailable(hint=reason)
         hypervisor = QemuHypervisor(config.directory, share_memory=self.settings.vm.share_memory)
         images = GuestImages(ImageStore(config.directory / "images"))
@@ -338,7 +344,7 @@ def vm_manager_config(settings: Settings) -> VmManagerConfig:
     )
 
 
-def missing_for_vms(settings: Settings) -> str:
+def find_missing_for_vms(settings: Settings) -> str:
     """Return why no virtual machine can run here and what to do about it; empty if one can. Looks for files only, boots nothing."""
     from blixard.vm.image.store import ImageStore
     from blixard.vm.setup import describe_missing, list_missing

@@ -107,7 +107,8 @@ class EmbeddedClient:
         from blixard.worker.child import ChildWorker
         from blixard.worker.program import program_config
 
-        plane = self._factory().create_control_plane()
+        factory = self._factory()
+        plane = factory.create_control_plane()
         self._opened.push_async_callback(plane.close)
         await plane.open()
         submitter = Submitter(self._settings.storage.data_dir / "submitters")
@@ -116,7 +117,13 @@ class EmbeddedClient:
         grace = self._settings.server.shutdown_grace
         self._child = ChildWorker(config, stop_seconds=grace + STOP_MARGIN_SECONDS)
         self._opened.push_async_callback(self._child.stop)
-        return PlaneClient(plane, self._namespace, submitter=submitter.use, attendant=self._child)
+        return PlaneClient(
+            plane,
+            self._namespace,
+            submitter=submitter.use,
+            attendant=self._child,
+            missing_for_vms=factory.missing_for_vms,
+        )
 
     async def submit(self, spec: JobSpec, job: NewJob | None = None) -> str:
         return await self._inner.submit(spec, job)

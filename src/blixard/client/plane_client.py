@@ -11,7 +11,7 @@ from typing import Protocol, Self, TypeVar
 
 from blixard.domain.job import NewJob
 from blixard.domain.limits import KIB, MAX_WAIT_SECONDS
-from blixard.domain.requirements import Isolation
+from blixard.domain.requirements import Isolation, WorkerType, worker_type_for
 from blixard.domain.spec import JobSpec
 from blixard.domain.state_machine import JobState
 from blixard.errors import JobNotFound, NotSupportedHere, WaitTimedOut
@@ -70,7 +70,9 @@ class PlaneClient:
         *,
         submitter: Callable[[], str] = lambda: "",
         attendant: Attendant | None = None,
+        missing_for_vms: Callable[[], str] = lambda: "",
     ) -> None:
+        self._missing_for_vms = missing_for_vms
         self._plane = plane
         self._namespace = namespace
         self._submitter = submitter
@@ -88,13 +90,18 @@ class PlaneClient:
         return reply.ids[0]
 
     async def submit_many(self, request: SubmitRequest) -> SubmitReply:
-        if request.spec.requirements.isolation is Isolation.MAXIMUM:
-            # Only this machine would run it, and nothing less is ever given instead.
-            raise NotSupportedHere(
-                "isolation maximum needs microVMs, which this version does not have",
-                hint="use isolation standard; `blixard doctor` says what this machine can give",
-            )
+        needs = request.spec.requirements
+        if worker_type_for(request.spec.runtime, needs.isolation, needs.vm_mode) is WorkerType.MICROVM:
+            self._check_machines(needs.isolation)
         return await self._plane.commands.submit(self._namespace, request, submitter=self._submitter())
+
+    def _check_machines(self, isolation: Isolation) -> None:
+        """Only this machine would run it, and nothing less is ever given instead. Raises ``NotSupportedHere``."""
+        if reason := self._missing_for_vms():
+            raise NotSupportedHere(
+                f"isolation {isolation} in a virtual machine cannot be had here: {reason}",
+                hint="`blixard vm setup` installs what it can; `blixard doctor` says what this machine can give",
+            )
 
     async def open_batch(self, request: OpenBatchRequest) -> BatchView:
         return await self._plane.commands.open_batch(self._namespace, request)

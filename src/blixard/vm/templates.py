@@ -57,7 +57,7 @@ class TemplateShelf:
         self._connect = connect
         self._spawn = spawn
         self._start_timeout = start_timeout
-        self._made: dict[tuple[VmShape, str], asyncio.Task[Template]] = {}
+        self._made: dict[tuple[VmShape, str], asyncio.Future[Template]] = {}
 
     async def get(self, shape: VmShape) -> Template:
         """Return the template, made if need be. Cancelling the call leaves the making to others.
@@ -66,16 +66,28 @@ class TemplateShelf:
         """
         image = await self._images.open(shape.image)
         key = (shape, image.digest)
-        task = self._made.get(key)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = self._made[key] = self._spawn(self._find_or_make(shape, image), f"template of {shape.image}")
-        return await asyncio.shield(task)
+        making = self._made.get(key)
+        if making is None or (making.done() and not _has_worked(making)):
+            making = self._made[key] = asyncio.get_running_loop().create_future()
+            self._spawn(self._fill(making, shape, image), f"template of {shape.image}")
+        return await asyncio.shield(making)
 
     def forget(self, template: Template) -> None:
         """Look at the files anew next time: a clone of it did not start."""
-        for key, task in list(self._made.items()):
-            if task.done() and not task.cancelled() and task.exception() is None and task.result() is template:
+        for key, making in list(self._made.items()):
+            if _has_worked(making) and making.result() is template:
                 del self._made[key]
+
+    async def _fill(self, making: asyncio.Future[Template], shape: VmShape, image: GuestImage) -> None:
+        """Resolve the future; raise nothing, since whoever owns this task is not who waits for the template."""
+        try:
+            making.set_result(await self._find_or_make(shape, image))
+        except Exception as error:  # the edge of one template: those who wait for it get the error
+            making.set_exception(error)
+            making.exception()  # heard: perhaps nobody waits any more
+        finally:
+            if not making.done():
+                making.cancel()
 
     async def _find_or_make(self, shape: VmShape, image: GuestImage) -> Template:
         info = await asyncio.to_thread(self._hypervisor.info)
@@ -114,6 +126,10 @@ class TemplateShelf:
             yield
         finally:
             lock.release()  # the file stays: whoever waits for it has it open already
+
+
+def _has_worked(making: asyncio.Future[Template]) -> bool:
+    return making.done() and not making.cancelled() and making.exception() is None
 
 
 async def _acquire(path: Path) -> FileLock:

@@ -51,8 +51,9 @@ class Monitor:
     async def give(self, name: str, descriptor: int) -> None:
         """Pass an open descriptor, which commands then know as ``fd:<name>``. The caller keeps its own."""
         try:
-            self._client.send_fd_scm(descriptor)
-        except (QMPError, OSError) as error:
+            # Not the client's own method: that one reaches into asyncio's transport and does not know uvloop's.
+            socket.send_fds(self._channel, [b" "], [descriptor])
+        except OSError as error:
             raise MonitorLost(str(error)) from error
         await self.execute("getfd", fdname=name)
 

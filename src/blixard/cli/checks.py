@@ -55,6 +55,7 @@ def examine(invocation: Invocation) -> list[Finding]:
         ("bubblewrap", _check_bubblewrap),
         ("cgroups", _check_cgroups),
         ("backends", lambda: _check_backends(invocation)),
+        ("virtual machines", lambda: _check_machines(invocation)),
         ("server", lambda: _check_server(invocation)),
         ("clock", _check_clock),
     ]
@@ -179,11 +180,49 @@ def _check_backends(invocation: Invocation) -> Iterator[Finding]:
                 continue
             for isolation, backend in backends.items():
                 yield _judge(worker_type, isolation, backend)
+
+
+def _check_machines(invocation: Invocation) -> Iterator[Finding]:
+    """Virtual machines: what they need, how they run here and why so, which image is there."""
+    from blixard.cli.machines import vm_directory
+    from blixard.vm.image.store import ImageStore
+    from blixard.vm.setup import check_host
+
+    settings, name = invocation.config.settings, "virtual machines"
+    if settings.vm.skip:
+        fix = "unset SKIP_VM_MANAGER, or vm.skip in the configuration"
+        yield Finding(check=name, status=Status.MISSING, found="switched off", fix=fix)
+        return
+    image = ImageStore(vm_directory(invocation) / "images").names().get(settings.vm.image, "")
+    missing = [finding for finding in check_host() if finding.is_missing]
+    for finding in missing:
+        status = Status.LIMITED if finding.builds and image else Status.MISSING
+        yield Finding(check=name, status=status, found=f"no {finding.name}, which {finding.purpose}", fix=finding.fix)
+    if all(finding.builds for finding in missing):
+        yield _judge_hypervisor(vm_directory(invocation))
     yield Finding(
-        check="isolation maximum",
-        status=Status.MISSING,
-        found="this version has no microVMs",
-        fix="use --isolation standard",
+        check="guest image",
+        status=Status.OK if image else Status.LIMITED,
+        found=f"{settings.vm.image}: {image[:12]}" if image else f"{settings.vm.image} is not built yet",
+        fix="" if image else "`blixard vm setup` builds it; else the first job does, which takes a minute",
+    )
+
+
+def _judge_hypervisor(directory: Path) -> Finding:
+    from blixard.vm.hypervisor.qemu import QemuHypervisor
+
+    with tempfile.TemporaryDirectory(prefix="blixard-doctor-") as scratch:
+        info = QemuHypervisor(directory if directory.is_dir() else Path(scratch)).info()
+    if info.accelerator is None:
+        return Finding(
+            check="hypervisor", status=Status.MISSING, found=f"{info.name} cannot run here", fix=info.missing
+        )
+    slow = info.accelerator != "kvm"
+    return Finding(
+        check="hypervisor",
+        status=Status.LIMITED if slow else Status.OK,
+        found=f"{info.name} {info.version} with {info.accelerator}{', which is slower than KVM' if slow else ''}",
+        fix="; ".join(info.notes),
     )
 
 

@@ -28,6 +28,23 @@ def complete_job_ids(ctx: typer.Context, incomplete: str) -> list[tuple[str, str
         return []
 
 
+def complete_vm_ids(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Offer the virtual machines that run here, with what they do."""
+    from blixard.cli.machines import find_machines, vm_directory
+
+    invocation = _invocation_of(ctx)
+
+    async def ask() -> list[tuple[str, str]]:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            found = [item.vm for item in await find_machines(vm_directory(invocation))]
+        return [(vm.id, f"{vm.state} {vm.job_id}".strip()) for vm in found if vm.id.startswith(incomplete)]
+
+    try:
+        return invocation.run(ask())
+    except (BlixardError, TimeoutError, OSError):
+        return []
+
+
 def _invocation_of(ctx: typer.Context) -> Invocation:
     """Return what the global options on the line ask for: completing runs no command, so nobody has kept them."""
     invocation = Invocation()

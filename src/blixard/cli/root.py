@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "serve": ("serve", _SERVE, "Run the server with a local worker."),
     "worker": ("serve", _SERVE, "Run one more worker for a server."),
     "workers": ("admin", _SERVE, "List workers."),
+    "vms": ("vm", _SERVE, "List the virtual machines of this machine."),
+    "vm": ("vm", _SERVE, "Set up virtual machines; run programs in one, pause it, copy it."),
     "stats": ("admin", _SERVE, "Count jobs by state and queue."),
     "token": ("token", _SERVE, "Create, list and revoke access tokens."),
     "config": ("config", _CARE, "Show the settings and where each comes from."),

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from blixard.cli.failures import INTERRUPTED
 from blixard.cli.invocation import Invocation
 from blixard.cli.options import JobOptions, with_job_options
 from blixard.cli.output import note, print_line
@@ -34,6 +35,17 @@ def _prepare(ctx: typer.Context, words: list[str] | None, options: JobOptions) -
     return prepare(target, options, is_remote=invocation.is_remote)
 
 
+def _ensure_image(invocation: Invocation, prepared: Prepared) -> bool:
+    from blixard.domain.requirements import Isolation
+
+    needs = prepared.spec.requirements
+    if needs.isolation is not Isolation.MAXIMUM and needs.vm_mode is None:
+        return True
+    from blixard.cli.machines import ensure_image
+
+    return ensure_image(invocation, needs)
+
+
 @app.command(
     cls=WordsCommand,
     help="Run a script, function, command or WebAssembly module as a durable job, in a sandbox.\n\n"
@@ -52,6 +64,9 @@ def _prepare(ctx: typer.Context, words: list[str] | None, options: JobOptions) -
 def run(ctx: typer.Context, words: Words = None, job_id: JobId = None, *, options: JobOptions) -> int:
     invocation: Invocation = ctx.obj
     prepared = _prepare(ctx, words, options)
+    if not _ensure_image(invocation, prepared):
+        note("nothing was submitted")
+        return INTERRUPTED
 
     async def work(client: AsyncClient) -> int:
         with catch_signals() as interrupt:

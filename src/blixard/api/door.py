@@ -1,6 +1,6 @@
-"""The outermost layer of the server: every request gets its id here, and the two hottest routes their short cut.
+"""The outermost layer of the server: every request gets its id here, and the hottest routes their short cut.
 
-Litestar's routing costs more than all else that a sync or a submit does, so these two are recognised here and run the very
+Litestar's routing costs more than all else that a submit, a wait or a sync does, so these are recognised here and run the very
 same ``Operation`` that Litestar would.
 """
 
@@ -12,13 +12,13 @@ import structlog
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPResponseStartEvent, HTTPScope, Message, Receive, Scope, Send
 
-from blixard.api.jobs import SUBMIT
+from blixard.api.jobs import SUBMIT, WAIT
 from blixard.api.operation import ApiContext, Exchange, request_id_of
 from blixard.api.waits import Waits
 from blixard.api.workers import SYNC
 from blixard.protocol.routes import PREFIX, PROTOCOL_HEADER, PROTOCOL_VERSION, REQUEST_ID_HEADER
 
-_SUBMIT_PATH = PREFIX + SUBMIT.route.path
+_BY_PATH = {PREFIX + SUBMIT.route.path: SUBMIT.run, PREFIX + WAIT.route.path: WAIT.run}
 _SYNC_START, _, _SYNC_END = (PREFIX + SYNC.route.path).partition("{session}")
 _NO_PARAMETERS: Mapping[str, str] = {}
 _PROTOCOL = (PROTOCOL_HEADER.lower().encode(), PROTOCOL_VERSION.encode())
@@ -56,8 +56,8 @@ class Door:
         if scope["method"] != "POST":
             return False
         path = scope["path"]
-        if path == _SUBMIT_PATH:
-            answer = await SUBMIT.run(self._context, scope, receive, _NO_PARAMETERS)
+        if (run := _BY_PATH.get(path)) is not None:
+            answer = await run(self._context, scope, receive, _NO_PARAMETERS)
         elif path.startswith(_SYNC_START) and path.endswith(_SYNC_END):
             session = path[len(_SYNC_START) : -len(_SYNC_END)]
             if "/" in session or not session:

@@ -75,10 +75,11 @@ async def logs(call: Call[None]) -> LogPageView:
 
 
 SUBMIT = Operation(routes.SUBMIT, submit)
+WAIT = Operation(routes.WAIT, wait)
 OPERATIONS = (
     SUBMIT,
     Operation(routes.JOBS, list_jobs),
-    Operation(routes.WAIT, wait),
+    WAIT,
     Operation(routes.JOB, show),
     Operation(routes.CANCEL, cancel),
     Operation(routes.RETRY, retry),

@@ -32,6 +32,8 @@ MAX_POLL_SECONDS = 0.025
 """How often a watched writer looks for the commits of other processes: often after a change, rarely in silence."""
 BUSY_SECONDS = 1.0
 """For so long after a change another one is expected soon."""
+COMPANY_SECONDS = 60.0
+"""For so long after a commit of another process, an answer to each of our own is expected; a process by itself need not look often."""
 
 # Any: a write's future holds rows, a transaction's row counts.
 Answered = asyncio.Future[Any]
@@ -132,6 +134,7 @@ class GroupCommitWriter:
         self._watched = False
         self._poll_seconds = MIN_POLL_SECONDS
         self._changed_at = time.monotonic()
+        self._company_until = float("-inf")
         # As of before the thread starts: later, the first watcher would miss a commit that comes between its watch and the first look.
         self._data_version: object = connection.execute("PRAGMA data_version").fetchall()
         self._thread = threading.Thread(target=self._run, name="blixard-writer", daemon=True)
@@ -315,12 +318,13 @@ class GroupCommitWriter:
                 self._poll_seconds = min(self._poll_seconds * 2, MAX_POLL_SECONDS)
             return
         self._data_version = version
+        self._company_until = time.monotonic() + COMPANY_SECONDS
         self._post([], changed=True)
 
     def _post(self, answers: list[Answer], *, changed: bool) -> None:
         if changed:
-            self._poll_seconds = MIN_POLL_SECONDS
             self._changed_at = time.monotonic()
+            self._poll_seconds = MIN_POLL_SECONDS if self._changed_at < self._company_until else MAX_POLL_SECONDS
         self._running = []
         self._call_loop(self._settle, answers, changed)
 

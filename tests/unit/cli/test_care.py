@@ -32,10 +32,13 @@ from blixard.errors import (
 from tests.unit.cli.conftest import Shell
 
 PROGRAM = str(Path(sys.executable).parent / "blixard")
-SUBCOMMANDS = [["token", "create"], ["token", "list"], ["token", "revoke"], ["config", "show"]]
+SUBCOMMANDS = [
+    *(["token", "create"], ["token", "list"], ["token", "revoke"], ["config", "show"]),
+    *(["image", "list"], ["image", "build"], ["image", "prune"]),
+]
 
 
-@pytest.mark.parametrize("command", [*([name] for name in COMMANDS if name not in {"token", "config"}), *SUBCOMMANDS])
+@pytest.mark.parametrize("command", [*([name] for name in COMMANDS if name not in {"token", "config", "image"}), *SUBCOMMANDS])
 def test_every_command_has_help_with_an_example(shell: Shell, command: list[str]) -> None:
     said = shell.run(*command, "--help")
     assert said.code == 0

@@ -36,8 +36,8 @@ class Recipe:
     def inputs(self) -> dict[str, str]:
         return {
             "version": VERSION,
-            "boot": digest_of(self.boot_inputs),
-            "root": digest_of(self.root_inputs),
+            "boot": self.boot_key,
+            "root": self.root_key,
             "code": digest_of_bytes(self._code),
         }
 
@@ -47,11 +47,11 @@ class Recipe:
 
     @property
     def boot_key(self) -> str:
-        return self.inputs["boot"]
+        return digest_of(self.boot_inputs)
 
     @property
     def root_key(self) -> str:
-        return self.inputs["root"]
+        return digest_of(self.root_inputs)
 
     def initrd(self, modules: bytes, busybox: bytes) -> bytes:
         """Return the guest's first file system: archives one after the other, ours at the end."""

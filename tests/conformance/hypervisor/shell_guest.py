@@ -6,6 +6,7 @@ It has the kernel and drivers of the default image, boots in seconds, and knows 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -64,7 +65,8 @@ class Shell:
 
     async def __aexit__(self, *error: object) -> None:
         self._writer.close()
-        await self._writer.wait_closed()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
 
     async def read_line(self) -> str:
         async with asyncio.timeout(SECONDS):

@@ -6,8 +6,10 @@ capability, an ordinary user even under a root worker. Everything else it gets a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +55,7 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
         return cls(qemu=os.path.realpath(program), bubblewrap=bubblewrap)
 
     def command(self, arguments: Sequence[str], *, network: bool, kvm: bool) -> list[str]:
-        words = [self.bubblewrap, "--unshare-all", "--die-with-parent", "--new-session", "--as-pid-1"]
+        words = [self.bubblewrap, "--unshare-all", "--die-with-parent", "--as-pid-1"]
         words += ["--cap-drop", "ALL", "--uid", str(NOBODY), "--gid", str(NOBODY), "--hostname", "qemu", "--clearenv"]
         words += _places(self.qemu)
         words += ["--proc", "/proc"]
@@ -76,7 +78,8 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
     ) -> subprocess.Popen[bytes]:
         """Start QEMU with the descriptors ``keep``; it dies with the calling thread. ``space_mb``: address space, without its own needs.
 
-        The process is bubblewrap; QEMU is its only child, and ends with it. Raises ``OSError``.
+        The process is bubblewrap; QEMU is its only child, and ends with it. Both are a process group of their own: see ``kill_group``.
+        Raises ``OSError``.
         """
         user = NOBODY if os.geteuid() == 0 else None
         groups = _groups_for_kvm(kvm) if user is not None else None
@@ -116,9 +119,18 @@ def communicate(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes
     try:
         return process.communicate(timeout=seconds)
     except BaseException:
-        process.kill()
+        kill_group(process)
         process.communicate()
         raise
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill bubblewrap and QEMU at once, also while one is just starting the other: bubblewrap alone might leave an orphan then.
+
+    Only while one of the two is known to be there: the group's number is theirs for that long.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _places(qemu: str) -> list[str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 from collections.abc import Awaitable
@@ -15,7 +13,7 @@ from typing import TypeVar
 
 from blixard.errors import MachineLost
 from blixard.vm.hypervisor.causes import count_oom_kills, explain_end
-from blixard.vm.hypervisor.confinement import child_of
+from blixard.vm.hypervisor.confinement import child_of, kill_group
 from blixard.vm.hypervisor.contract import MachineShape
 from blixard.vm.hypervisor.monitor import CommandRefused, Monitor, MonitorLost
 from blixard.vm.hypervisor.tail import Tail
@@ -61,7 +59,6 @@ class QemuMachine:
         self._ending = asyncio.Lock()
         self._oom_kills = count_oom_kills()
         self._qemu: int | None = None
-        self._qemu_handle: int | None = None
         assert process.stdout is not None
         assert process.stderr is not None
         self._console = Tail(os.dup(process.stdout.fileno()), self._look)
@@ -83,8 +80,6 @@ class QemuMachine:
         """Returns when QEMU takes commands. Raises ``MachineLost``."""
         await self._ask(self._monitor.connect(), "start")
         self._qemu = child_of(self._process.pid)
-        if self._qemu is not None:
-            self._qemu_handle = os.pidfd_open(self._qemu)
 
     async def execute(self, command: str, **arguments: object) -> object:
         """Raises ``MachineLost``."""
@@ -99,6 +94,7 @@ class QemuMachine:
         """Stop, and write the machine's state to a pipe or socket; without memory if ``ignore_shared`` and it lies in a file."""
         await self.pause()
         await self._set_migration(ignore_shared=ignore_shared)
+        await self.execute("migrate-set-parameters", **{"max-bandwidth": _UNBOUNDED})
         await self._ask(self._monitor.give(_STATE, descriptor), "getfd")
         await self._ask(self._monitor.send(f"fd:{_STATE}"), "migrate", MIGRATION_SECONDS)
 
@@ -110,7 +106,6 @@ class QemuMachine:
         wanted = {"x-ignore-shared": ignore_shared, "events": True}
         capabilities = [{"capability": name, "state": state} for name, state in wanted.items()]
         await self.execute("migrate-set-capabilities", capabilities=capabilities)
-        await self.execute("migrate-set-parameters", **{"max-bandwidth": _UNBOUNDED})
 
     async def _ask(self, question: Awaitable[T], name: str, seconds: float = MONITOR_SECONDS) -> T:
         """Wait for an answer or the machine's end, whichever is first."""
@@ -164,7 +159,8 @@ class QemuMachine:
         """Raises ``MachineLost`` only if the kernel does not end a killed process within half a minute."""
         async with self._ending:
             self._cause = self._cause or "destroyed"
-            self._kill()
+            if not self._gone.done():
+                kill_group(self._process)
             await asyncio.wait({self._gone}, timeout=END_SECONDS)
             if not self._gone.done():
                 raise MachineLost(f"machine {self.id}: the kernel did not end QEMU within {END_SECONDS:g} s")
@@ -173,16 +169,11 @@ class QemuMachine:
             self._close_descriptors()
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _kill(self) -> None:
-        """By handles, never by a number that may belong to another process by now. Each of the two takes the other with it."""
-        for handle in (self._qemu_handle, self._handle):
-            if handle is not None and not self._gone.done():
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
-
     def _reap(self) -> None:
+        """The process that we started has ended, not necessarily of its own accord; QEMU is not to survive it."""
         assert self._handle is not None
         self._loop.remove_reader(self._handle)
+        kill_group(self._process)
         self._process.wait()
         self._look()
 
@@ -202,7 +193,7 @@ class QemuMachine:
         )
 
     def _close_descriptors(self) -> None:
-        for descriptor in (self._handle, self._qemu_handle, self.memory):
+        for descriptor in (self._handle, self.memory):
             if descriptor is not None:
                 os.close(descriptor)
-        self._handle = self._qemu_handle = self.memory = None
+        self._handle = self.memory = None

@@ -42,12 +42,6 @@ $B mount -t tmpfs -o nosuid,nodev,mode=0755 run /root/run
 $B mount -t tmpfs -o nosuid,nodev,mode=1777 tmp /root/tmp
 
 $B ip link set lo up
-if [ -e /root/sys/class/net/eth0 ]; then
-    # QEMU's user-mode network gives every guest the same addresses; it is the guest's own.
-    $B ip address add 10.0.2.15/24 dev eth0
-    $B ip link set eth0 up
-    $B ip route add default via 10.0.2.2
-fi
 $B hostname guest
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 HOME=/root
 cd /root || die "no root directory"

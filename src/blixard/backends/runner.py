@@ -86,6 +86,10 @@ class Runner:
         """The job's own code may have run."""
         self.has_answered = False
         self.is_broken = False
+        self.suspect: Attempt | None = None
+        """The one that has broken it, if no other can have."""
+        self._revoked: list[Attempt] = []
+        """Taken back when it broke."""
         self._heard_at = 0
         """When the newest answer that was heard was given, microseconds since 1970."""
         self._held: tuple[Attempt, Answer] | None = None
@@ -164,7 +168,7 @@ class Runner:
 
     def with_it(self) -> list[Attempt]:
         """Return the attempts that are not through: sent, or waiting for the end of the process."""
-        return [*self.sent, *([] if self._held is None else [self._held[0]])]
+        return [*self.sent, *self._revoked, *([] if self._held is None else [self._held[0]])]
 
     def settle(self) -> list[Attempt]:
         """Take back every call that the process has not begun, and hear every answer that it has given.
@@ -227,11 +231,22 @@ class Runner:
         return True
 
     def _break(self) -> None:
-        """What speaks in the channel is not our code: the job has got hold of it. Believe nothing more, and end it."""
+        """What speaks in the channel is not our code: a job has got hold of it. Believe nothing more, and end it."""
+        if self.is_broken:
+            return
         self.is_broken = True
+        self._revoked = self._take_back()
+        if len(self.sent) == 1 and not self._has_noted():
+            self.suspect = self.sent[0]
         if self._channel is not None:
             self._loop.remove_reader(self._channel)
         self.kill()
+
+    def _has_noted(self) -> bool:
+        try:
+            return self._pipeline is not None and self._pipeline.look() > 0
+        except (InvalidPacket, msgspec.DecodeError):
+            return True
 
     def _take(self, packet: memoryview | bytes) -> None:
         stream = _OUTPUT.get(packet[0])
@@ -361,7 +376,7 @@ class Runner:
 
     def _end(self, message: Exited | SpawnFailed | None) -> None:
         """Hear all that is left to hear, then tell the owner."""
-        unread = self.settle()
+        unread = [*self.settle(), *self._revoked]
         for stream in list(self._pipes):
             self._read_some(stream, 1 << 30)
         self.is_gone = True

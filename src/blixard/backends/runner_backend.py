@@ -451,8 +451,11 @@ class RunnerBackend(abc.ABC):
     def _finish_without_answer(self, attempt: Attempt, runner: Runner, end: Exited | SpawnFailed | None) -> None:
         if attempt.ending is not None:
             self._finish(attempt, self._early_outcome(attempt, attempt.started_at))
-        elif runner.is_broken:
+        elif runner.is_broken and attempt is runner.suspect:
             self._finish(attempt, refused("ChannelMisused", "the job wrote into descriptor 3, which is Blixard's own"))
+        elif runner.is_broken:
+            reason = "it, or another job of its process, wrote into descriptor 3, which is Blixard's own"
+            self._finish(attempt, ended_early(OutcomeKind.LOST, reason, attempt.started_at))
         elif isinstance(end, SpawnFailed) and end.is_fault_of_job:
             self._finish(attempt, refused(end.error_type, end.message, exit_code=end.exit_code))
         elif isinstance(end, SpawnFailed) or (end is None and not runner.has_begun and not runner.has_channel):

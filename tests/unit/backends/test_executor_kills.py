@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from blixard.backends.attempt import MAX_BATCH
 from blixard.backends.contract import BackendSettings, Execution, Stream
 from blixard.backends.process import ProcessBackend
 from blixard.domain.lease import AttemptRef
@@ -32,7 +33,8 @@ import os, signal, time
 def job(log, i, die, gate):
     out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.write(out, b"begin %d\\n" % i)
-    if die: os.kill(os.getpid(), signal.SIGKILL)
+    if die == 1: os.kill(os.getpid(), signal.SIGKILL)
+    if die == 2: os.write(3, b"garbage in the channel")
     while gate and not os.path.exists(gate): time.sleep(0.01)
     for _ in range(5_000): pass
     if i % 10 == 0: print(i)
@@ -69,13 +71,15 @@ class Load:
         self,
         backend: ProcessBackend,
         root: Path,
+        *,
         dying: frozenset[int] = frozenset(),
+        meddling: frozenset[int] = frozenset(),
         hanging: frozenset[int] = frozenset(),
     ) -> None:
         (root / "jobs.py").write_text(SOURCE)
         self._backend = backend
         self._root = root
-        self._dying = dying
+        self._ways = dict.fromkeys(dying, 1) | dict.fromkeys(meddling, 2)
         self._hanging = hanging
         self.gate = root / "gate"
         payload = FunctionPayload(function="jobs:job", bundle=BUNDLE)
@@ -92,7 +96,7 @@ class Load:
         for _ in range(count):
             i = len(self.listeners)
             gate = self.gate if i in self._hanging else ""
-            arguments = f'[["{self.log}", {i}, {int(i in self._dying)}, "{gate}"], {{}}]'.encode()
+            arguments = f'[["{self.log}", {i}, {self._ways.get(i, 0)}, "{gate}"], {{}}]'.encode()
             ref = AttemptRef("default", f"job_{i}", 1)
             listener = Listener(self._ended)
             self.listeners.append(listener)
@@ -158,7 +162,7 @@ async def test_a_job_that_kills_its_executor_in_the_middle_of_a_packet_fails_alo
     seed = int(os.environ.get("BLIXARD_SEED", "0")) or time.time_ns() % 1_000_000
     count = KILLS * 50
     dying = frozenset(random.Random(seed).sample(range(100, count), KILLS))
-    load = Load(backend, tmp_path, dying)
+    load = Load(backend, tmp_path, dying=dying)
     load.submit(100)  # so that the pace is known and packets are full
     await load.until_ended(100)
     load.submit(count - 100)
@@ -168,6 +172,28 @@ async def test_a_job_that_kills_its_executor_in_the_middle_of_a_packet_fails_alo
     for i in dying:
         (outcome,) = load.listeners[i].outcomes
         assert (outcome.kind, outcome.exit_code) == (OutcomeKind.FAILED, 128 + signal.SIGKILL)
+
+
+async def test_a_job_that_writes_into_the_channel_gets_no_other_job_blamed(
+    backend: ProcessBackend, tmp_path: Path
+) -> None:
+    meddling = frozenset(range(130, 1_000, 100))
+    load = Load(backend, tmp_path, meddling=meddling)
+    load.submit(100)
+    await load.until_ended(100)
+    load.submit(900)
+    await load.until_ended(1_000)
+    bad = load.failed()
+    outcomes = {i: load.listeners[i].outcomes[0] for i in bad}
+    print(f"{len(meddling)} meddled, {len(bad)} did not complete")
+    assert 1 <= len(bad) <= len(meddling) * MAX_BATCH
+    for i, outcome in outcomes.items():
+        assert outcome.error is not None
+        if outcome.kind is OutcomeKind.FAILED:
+            assert i in meddling, "an innocent job was blamed"
+            assert outcome.error.type == "ChannelMisused"
+        else:
+            assert outcome.kind is OutcomeKind.LOST, outcome
 
 
 async def test_executors_killed_from_outside_at_random_moments_cost_one_job_each_at_most(

@@ -23,7 +23,7 @@ from blixard.vm.image.guest_image import GuestImage
 from blixard.vm.image.store import ImageStore
 from blixard.vm.lease import VmLease, VmNeed
 
-CACHE = Path.home() / ".cache" / "blixard" / "vm"
+CACHE = Path(os.environ.get("BLIXARD_CACHE", Path.home() / ".cache" / "blixard")) / "vm"
 """Images and templates are kept between runs: they take seconds to make."""
 BOOT_SECONDS = 120.0
 _numbers = itertools.count(1)

@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
+import msgspec
+
 from blixard.domain.job import NewJob
 from blixard.domain.limits import KIB, MAX_WAIT_SECONDS
 from blixard.domain.requirements import Isolation, WorkerType, worker_type_for
 from blixard.domain.spec import JobSpec
 from blixard.domain.state_machine import JobState
-from blixard.errors import JobNotFound, NotSupportedHere, WaitTimedOut
+from blixard.errors import InvalidRequest, JobNotFound, NotSupportedHere, WaitTimedOut
 from blixard.protocol.jobs import (
     BatchResults,
     BatchView,
@@ -41,6 +43,7 @@ READ_BYTES = 256 * KIB
 FIT_SECONDS = 2.0
 """After so long without an end, ask whether the own worker can run the job at all: nobody else would ever take it."""
 R = TypeVar("R")
+_read_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 class Attendant(Protocol):
@@ -93,6 +96,7 @@ class PlaneClient:
         needs = request.spec.requirements
         if worker_type_for(request.spec.runtime, needs.isolation, needs.vm_mode) is WorkerType.MICROVM:
             self._check_machines(needs.isolation)
+        _check_arguments(request.jobs)
         return await self._plane.commands.submit(self._namespace, request, submitter=self._submitter())
 
     def _check_machines(self, isolation: Isolation) -> None:
@@ -246,6 +250,15 @@ class PlaneClient:
             if (job_id := await waited_for()) is not None:
                 _check_fit(await self.why(job_id))
             step *= 2  # on a busy machine the own worker may not have said yet what it can
+
+
+def _check_arguments(jobs: Sequence[NewJob]) -> None:
+    """A server reads them with the request; here nobody else does before they are stored."""
+    for place, job in enumerate(jobs):
+        try:
+            _read_json(bytes(job.arguments).decode())
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"the arguments are not JSON: {error}", field=f"jobs[{place}].arguments") from None
 
 
 def _check_fit(view: WhyView) -> None:

@@ -30,6 +30,7 @@ REOPENABLE = (JobState.FAILED, JobState.CANCELLED)
 LIVE = (JobState.BLOCKED, JobState.PENDING, JobState.CLAIMED, JobState.IN_PROGRESS)
 _GENERATED = re.compile(r"job_[0-9a-z]{26}|map_[0-9a-f]{24}_\d+\.\d{8,}")
 """Ids that nobody chooses by hand: one that exists already is a repetition."""
+NamedJob = tuple[str, NewJob]
 
 
 class JobCommandService:
@@ -59,14 +60,13 @@ class JobCommandService:
         ``BlobNotFound``, ``IdTaken``; nothing is stored then.
         """
         check_policy(request.spec.requirements, self._minimum_isolation)
-        named = _named_jobs(request)
+        named, chosen = _named_jobs(request)
         stored = self._placement.remembered(namespace, request.spec, submitter)
         if stored is None:
             check_spec(request.spec)
             await self._check_blobs(blobs_of(request.spec.payload))
             stored = await self._placement.store(namespace, request.spec, submitter)
         await self._check_blobs(_blobs_of_jobs(request.jobs))
-        chosen = [(job_id, job) for job_id, job in named if not _GENERATED.fullmatch(job_id)]
         await self._check_repetitions(namespace, stored, chosen)
         created = await self._add(namespace, stored, named, request)
         if len(created) < len(named):
@@ -75,7 +75,7 @@ class JobCommandService:
         return SubmitReply(ids=[job_id for job_id, _ in named], created=len(created))
 
     async def _add(
-        self, namespace: str, stored: StoredSpec, named: Sequence[tuple[str, NewJob]], request: SubmitRequest
+        self, namespace: str, stored: StoredSpec, named: Sequence[NamedJob], request: SubmitRequest
     ) -> list[str]:
         retry = request.spec.retry
         self._expect(stored.class_id)
@@ -93,7 +93,7 @@ class JobCommandService:
         for digest in digests:
             await self._blobs.stat(digest)  # raises BlobNotFound
 
-    async def _check_repetitions(self, namespace: str, stored: StoredSpec, named: Sequence[tuple[str, NewJob]]) -> None:
+    async def _check_repetitions(self, namespace: str, stored: StoredSpec, named: Sequence[NamedJob]) -> None:
         if not named:
             return
         known = await self._jobs.identities(namespace, [job_id for job_id, _ in named])
@@ -207,22 +207,36 @@ def _check_batch_request(request: OpenBatchRequest) -> None:
         raise InvalidRequest("name must have 1 to 255 characters", field="name")
 
 
-def _named_jobs(request: SubmitRequest) -> list[tuple[str, NewJob]]:
-    """Return the checked jobs with their ids."""
+def _named_jobs(request: SubmitRequest) -> tuple[list[NamedJob], list[NamedJob]]:
+    """Return the checked jobs with their ids, and those among them whose ids were chosen by hand."""
     jobs = request.jobs
     if not 1 <= len(jobs) <= MAX_BATCH_JOBS:
         raise LimitExceeded(f"a request takes 1 to {MAX_BATCH_JOBS} jobs, not {len(jobs)}", field="jobs")
     for place, job in enumerate(jobs):
-        _check_job(job, place)
+        if job.priority or job.run_at is not None or job.inputs or len(job.arguments) > MAX_ARGUMENTS_BYTES:
+            _check_job(job, place)
     if (request.batch is None) != (request.first_index is None):
         raise InvalidRequest("batch and first_index go together", field="first_index")
     if request.batch is not None and request.first_index is not None:
-        check_id(request.batch, field="batch")
-        return [(batch_job_id(request.batch, request.first_index + place), job) for place, job in enumerate(jobs)]
-    named = [(new_job_id() if job.id is None else check_id(job.id), job) for job in jobs]
+        return _jobs_of_batch(check_id(request.batch, field="batch"), request.first_index, jobs)
+    named: list[NamedJob] = []
+    chosen: list[NamedJob] = []
+    for job in jobs:
+        if job.id is None:
+            named.append((new_job_id(), job))
+        elif _GENERATED.fullmatch(job.id):
+            named.append((job.id, job))
+        else:
+            chosen.append((check_id(job.id), job))
+            named.append(chosen[-1])
     if len({job_id for job_id, _ in named}) < len(named):
         raise InvalidRequest("the request names an id twice", field="jobs")
-    return named
+    return named, chosen
+
+
+def _jobs_of_batch(batch: str, first: int, jobs: Sequence[NewJob]) -> tuple[list[NamedJob], list[NamedJob]]:
+    named = [(batch_job_id(batch, first + place), job) for place, job in enumerate(jobs)]
+    return named, [] if _GENERATED.fullmatch(named[0][0]) else named
 
 
 def _check_job(job: NewJob, place: int) -> None:

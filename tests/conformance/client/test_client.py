@@ -104,6 +104,23 @@ async def test_a_wrong_value_is_named_and_nothing_is_stored(client: AsyncClient,
     assert (await client.jobs()).jobs == []
 
 
+@pytest.mark.parametrize("arguments", [b"nonsense", b"[1", b'["\xff"]'])
+async def test_arguments_that_are_no_json_are_refused_and_nothing_is_stored(
+    client: AsyncClient, arguments: bytes
+) -> None:
+    with pytest.raises(InvalidRequest):
+        await client.submit_many(SubmitRequest(spec=spec(), jobs=[*jobs(2), NewJob(arguments=msgspec.Raw(arguments))]))
+    assert (await client.jobs()).jobs == []
+
+
+async def test_arguments_come_back_as_they_were_written(client: AsyncClient) -> None:
+    for text in (b'[ 1,\t"\\u00e4\xc3\xa4" ]', b"null", b'{"a": "\\"quoted\\""}', b"1e400"):
+        job = await client.submit(spec(), NewJob(arguments=msgspec.Raw(text)))
+        assert bytes((await client.job(job)).arguments) == text
+        special = await client.submit(spec(), NewJob(arguments=msgspec.Raw(text), priority=1))
+        assert bytes((await client.job(special)).arguments) == text
+
+
 async def test_limits_are_kept(client: AsyncClient) -> None:
     reply = await client.submit_many(SubmitRequest(spec=spec(), jobs=jobs(MAX_BATCH_JOBS)))
     assert reply.created == MAX_BATCH_JOBS

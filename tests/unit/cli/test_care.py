@@ -38,7 +38,9 @@ SUBCOMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", [*([name] for name in COMMANDS if name not in {"token", "config", "image"}), *SUBCOMMANDS])
+@pytest.mark.parametrize(
+    "command", [*([name] for name in COMMANDS if name not in {"token", "config", "image"}), *SUBCOMMANDS]
+)
 def test_every_command_has_help_with_an_example(shell: Shell, command: list[str]) -> None:
     said = shell.run(*command, "--help")
     assert said.code == 0

@@ -18,11 +18,15 @@ from blixard.vm.control import ControlClient, ProgramInput, RemoteProgram, RunPr
 
 READ_BYTES = 32 * 1024
 LOST = 125
+INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 async def run_in_guest(client: ControlClient, vm_id: str, argv: tuple[str, ...], *, terminal: bool) -> int:
-    """Run a program to its end and return its exit code. With ``terminal`` it has this one."""
+    """Run a program to its end and return its exit code. With ``terminal`` it has this one.
+
+    The first signal is the program's, the second ends it and us.
+    """
     rows, columns = window_size()
     environment = {"TERM": os.environ.get("TERM", "dumb")} if terminal else {}
     request = RunProgram(vm=vm_id, argv=argv, terminal=terminal, rows=rows, columns=columns, environment=environment)
@@ -31,6 +35,8 @@ async def run_in_guest(client: ControlClient, vm_id: str, argv: tuple[str, ...],
             feeder = asyncio.create_task(_feed(program), name="feed the guest")
             try:
                 return await _show(program)
+            except asyncio.CancelledError:
+                return INTERRUPTED  # leaving the block hangs up, which kills the program
             finally:
                 feeder.cancel()
                 await asyncio.gather(feeder, return_exceptions=True)
@@ -104,13 +110,23 @@ def _signals_to(program: RemoteProgram, terminal: bool) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
 
+    asked = False
+    watcher = asyncio.current_task()
+
+    def pass_on(number: signal.Signals) -> None:
+        nonlocal asked
+        if asked and watcher is not None:
+            watcher.cancel()
+        asked = True
+        send(ProgramInput(signal=int(number)))
+
     def send(given: ProgramInput) -> None:
         task = loop.create_task(_send(program, given))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
     for number in SIGNALS:
-        loop.add_signal_handler(number, send, ProgramInput(signal=int(number)))
+        loop.add_signal_handler(number, pass_on, number)
     if terminal:
         loop.add_signal_handler(signal.SIGWINCH, lambda: send(ProgramInput(size=window_size())))
     try:

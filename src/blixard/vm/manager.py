@@ -12,7 +12,7 @@ import msgspec
 from blixard.domain.ids import new_id
 from blixard.domain.requirements import VmMode
 from blixard.domain.vm import VmHealth, VmState, VmStats, VmView
-from blixard.errors import InternalError, WrongPhase
+from blixard.errors import Conflict, InternalError, WrongPhase
 from blixard.vm.agent_link import connect as connect_agent
 from blixard.vm.control import ControlServer
 from blixard.vm.coordinator import Clock, Name, Part, Phase, VmCoordinator, VmEvent
@@ -192,6 +192,8 @@ class VmManager:
 
     async def reach_vm(self, vm_id: str) -> AgentLink:
         """Return the link to a machine's agent, for a program beside its job. Raises ``VmNotFound``, ``Conflict``, ``MachineLost``."""
+        if self.get_vm(vm_id).state is VmState.PAUSED:
+            raise Conflict(f"virtual machine {vm_id!r} is paused", hint=f"let it go on: `blixard vm resume {vm_id}`")
         return cast("AgentLink", await self._ask(lambda ticket: ReachVm(ticket=ticket, vm_id=vm_id)))
 
     async def check_vm(self, vm_id: str) -> VmHealth:

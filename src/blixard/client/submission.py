@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
@@ -11,10 +13,12 @@ from blixard.domain.grants import InputFile
 from blixard.domain.job import NewJob
 from blixard.domain.limits import MAX_BATCH_JOBS, MAX_INLINE_ARGUMENTS_BYTES, MIB
 from blixard.domain.spec import JobSpec
-from blixard.protocol.jobs import BatchView, SubmitRequest
+from blixard.protocol.jobs import BatchView, SubmitReply, SubmitRequest
 
 REQUEST_BYTES = 4 * MIB
 """Arguments in one submission, well below what a server accepts as one request."""
+REQUESTS_UNDER_WAY = 2
+"""More do not help: the store writes one at a time."""
 
 
 async def make_job(
@@ -41,14 +45,25 @@ async def submit_batch(
 ) -> None:
     """Submit the jobs of a batch that are not submitted yet. Stopped at any point and begun again, it submits none twice.
 
-    ``size_of`` is the bytes of one job's arguments, ``make_jobs`` makes the jobs of one request.
+    ``size_of`` is the bytes of one job's arguments, ``make_jobs`` makes the jobs of one request. While one request is stored, the next is read.
     """
+    under_way: deque[asyncio.Task[SubmitReply]] = deque()
     index = batch.submitted
-    while index < batch.total:
-        numbers = _next_request(index, batch.total, size_of)
-        jobs = await make_jobs(numbers)
-        await client.submit_many(SubmitRequest(spec=spec, jobs=jobs, batch=batch.id, first_index=index))
-        index = numbers.stop
+    try:
+        while index < batch.total:
+            numbers = _next_request(index, batch.total, size_of)
+            jobs = await make_jobs(numbers)
+            if len(under_way) == REQUESTS_UNDER_WAY:
+                await under_way.popleft()
+            request = SubmitRequest(spec=spec, jobs=jobs, batch=batch.id, first_index=index)
+            under_way.append(asyncio.create_task(client.submit_many(request), name=f"submit from {index}"))
+            index = numbers.stop
+        while under_way:
+            await under_way.popleft()
+    finally:
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
 
 
 def _next_request(first: int, total: int, size_of: Callable[[int], int]) -> range:

@@ -8,6 +8,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
+
 from blixard.backends.contract import BulkBackend, ExecutionBackend, StopReason, Stream
 from blixard.domain.lease import AttemptRef, ClaimedJob, FinishedAttempt, StartedAttempt, SyncReply, SyncRequest
 from blixard.domain.limits import MAX_CLAIM, MIB
@@ -32,11 +34,14 @@ BackendTable = Mapping[tuple[WorkerType, Isolation], ExecutionBackend]
 MAX_REPORT_BYTES = 8 * MIB
 """Results and errors in one sync; the server takes requests of 16 MiB. The rest goes with the next."""
 REPORT_OVERHEAD = 256
+MAX_KINDS = 256
+"""Specs that are remembered."""
 PARK_PAUSE_SECONDS = 0.1
 PARK_DELAY_SECONDS = 0.003
 """Between taking jobs and parking the next sync: short jobs end before, and their report asks for more by itself."""
 GOODBYE_SECONDS = 3.0
 """How long a killed worker tries to deliver its last reports."""
+_encode = msgspec.msgpack.Encoder().encode
 logger = logging.getLogger(__name__)
 
 
@@ -80,6 +85,7 @@ class Session:
         self._runner = AttemptRunner(gateway, files, self._logs, clock)
         self._capacity = Capacity(options.offer)
         self._appetite = Appetite(options.offer.slots, options.prefetch)
+        self._kinds: dict[bytes, ResolvedSpec] = {}
         self._held: dict[AttemptRef, HeldAttempt] = {}
         self._active = 0
         self._waiting: deque[HeldAttempt] = deque()
@@ -300,10 +306,20 @@ class Session:
     # Claims
 
     def _take_all(self, claimed: Sequence[ClaimedJob], specs: Mapping[int, JobSpec]) -> None:
-        kinds = {key: self._resolve(spec) for key, spec in specs.items()}
+        kinds = {key: self._kind_of(spec) for key, spec in specs.items()}
         for claim in claimed:
             if claim.ref not in self._held:
                 self._take(HeldAttempt(claim, kinds[claim.spec], self))
+
+    def _kind_of(self, spec: JobSpec) -> ResolvedSpec:
+        """Return the same object for equal specs, so that backends know again what they have learned of one."""
+        key = _encode(spec)
+        kind = self._kinds.get(key)
+        if kind is None:
+            if len(self._kinds) >= MAX_KINDS:
+                self._kinds.clear()
+            kind = self._kinds[key] = self._resolve(spec)
+        return kind
 
     def _resolve(self, spec: JobSpec) -> ResolvedSpec:
         payload, requirements = spec.payload, spec.requirements

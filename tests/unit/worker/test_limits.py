@@ -9,11 +9,13 @@ import pytest
 
 from blixard.backends.contract import Stream
 from blixard.domain.lease import AttemptRef
+from blixard.domain.payload import CommandPayload
 from blixard.services.clock import SystemClock
+from blixard.testing.fake_backend import FakeBackend
 from blixard.worker.appetite import SILENCE_SECONDS, Appetite
 from blixard.worker.local_files import LocalFiles
 from blixard.worker.log_shipper import LogShipper
-from tests.unit.worker.fakes import DEADLINE, FakeGateway
+from tests.unit.worker.fakes import DEADLINE, FakeGateway, command_spec, running
 
 
 def test_a_worker_holds_much_of_short_work_and_little_of_long_work() -> None:
@@ -59,3 +61,23 @@ async def test_files_that_no_job_uses_make_room_for_new_ones(tmp_path: Path) -> 
     assert files.pin_ready(digests[1:2]) is None, "removed"
     assert files.pin_ready(digests[:1]) == used, "in use"
     await files.close()
+
+
+async def test_equal_specs_are_one_object_to_backends_and_only_so_many_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blixard.worker.session.MAX_KINDS", 3)
+    gateway = FakeGateway()
+    async with running(tmp_path, gateway, FakeBackend()) as rig:
+        for round_ in range(2):
+            for name in "abc":
+                gateway.submit(f"{name}{round_}", spec=command_spec(CommandPayload(argv=(name,))))
+                await gateway.until_ended(f"{name}{round_}")
+        specs = [execution.spec for execution in rig.backend.executed]
+        assert all(specs[n] is specs[n + 3] for n in range(3))
+        gateway.submit("d", spec=command_spec(CommandPayload(argv=("d",))))
+        gateway.submit("a2", spec=command_spec(CommandPayload(argv=("a",))))
+        await gateway.until_ended("d", "a2")
+        again = next(e.spec for e in rig.backend.executed if e.ref.job_id == "a2")
+        assert again == specs[0]
+        assert again is not specs[0]

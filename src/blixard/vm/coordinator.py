@@ -55,6 +55,7 @@ from blixard.vm.messages import (
     VmAssigned,
     VmDegraded,
     VmRecovered,
+    VmRemoved,
     VmShouldRecycle,
     VmStateChanged,
     VmUnhealthy,
@@ -97,8 +98,9 @@ READERS: dict[type[Message], tuple[Name, ...]] = {
     CheckNow: (Name.HEALTH,),
     Tick: _ALL_BOOKS,
     VmStateChanged: _ALL_BOOKS,
+    VmRemoved: _ALL_BOOKS,
     MachineReady: (Name.HEALTH, Name.ROUTER),
-    MachineGone: (*_ALL_BOOKS, Name.ROUTER),
+    MachineGone: (Name.HEALTH, Name.ROUTER),
     **dict.fromkeys((MachinePaused, MachineResumed, SnapshotTaken), (Name.ROUTER,)),
     **dict.fromkeys((HealthCheckPassed, HealthCheckFailed), (Name.HEALTH,)),
     **dict.fromkeys((VmDegraded, VmRecovered, VmUnhealthy, VmShouldRecycle, IdleVmDetected), (Name.ROUTER,)),
@@ -257,6 +259,8 @@ class VmCoordinator:
     async def _run(self) -> None:
         try:
             parts = self._make_parts(self._post, self._spawn)
+            for name in READERS[Tick]:  # before anything else: what they measure starts now, not when the clock began
+                self._channels[name].post(Tick(at=self._clock.monotonic()))
             async with asyncio.TaskGroup() as self._group:
                 self._spawn(self._read(self._commands), "read commands")
                 self._spawn(self._read(self._inbox), "read events")
@@ -356,8 +360,9 @@ class VmCoordinator:
                 self._change(vm_id, health=VmHealth.HEALTHY)
             case VmUnhealthy(vm_id=vm_id):
                 self._change(vm_id, health=VmHealth.UNHEALTHY)
-            case MachineGone(vm_id=vm_id, kind=kind):
+            case VmRemoved(vm_id=vm_id):
                 self.views.pop(vm_id, None)
+            case MachineGone(kind=kind):
                 self._failed += kind is EndKind.FAILED
         if isinstance(message, TOLD):
             self._tell(message)

@@ -20,6 +20,7 @@ from blixard.vm.messages import (
     Tick,
     VmDegraded,
     VmRecovered,
+    VmRemoved,
     VmStateChanged,
     VmUnhealthy,
 )
@@ -73,8 +74,10 @@ class HealthChecker:
             case MachineReady(vm_id=vm_id) if pulse := self._pulses.get(vm_id):
                 self._worked(pulse.shape)
                 pulse.health = VmHealth.HEALTHY if pulse.health is VmHealth.UNKNOWN else pulse.health
-            case MachineGone():
-                self._forget(message)
+            case MachineGone(vm_id=vm_id, error=MachineLost() as error) if pulse := self._pulses.get(vm_id):
+                self._broke(pulse.shape, str(error))  # it did not start; a running one that ends may be its job's doing
+            case VmRemoved(vm_id=vm_id):
+                self._forget(vm_id)
             case HealthCheckPassed(vm_id=vm_id) if pulse := self._pulses.get(vm_id):
                 self._passed(vm_id, pulse)
             case HealthCheckFailed(vm_id=vm_id, cause=cause) if pulse := self._pulses.get(vm_id):
@@ -144,14 +147,10 @@ class HealthChecker:
         self._out += [Answered(ticket=ticket, value=pulse.health) for ticket in pulse.tickets]
         pulse.tickets.clear()
 
-    def _forget(self, message: MachineGone) -> None:
-        pulse = self._pulses.pop(message.vm_id, None)
-        if pulse is None:
-            return
-        for ticket in pulse.tickets:
-            self._out.append(Refused(ticket=ticket, error=VmNotFound(message.vm_id)))
-        if isinstance(message.error, MachineLost):  # a running one that ends may be its job's doing
-            self._broke(pulse.shape, str(message.error))
+    def _forget(self, vm_id: str) -> None:
+        pulse = self._pulses.pop(vm_id, None)
+        for ticket in pulse.tickets if pulse else []:
+            self._out.append(Refused(ticket=ticket, error=VmNotFound(vm_id)))
 
     def _broke(self, shape: VmShape, cause: str) -> None:
         breaker = self._breakers.setdefault(shape, Breaker())

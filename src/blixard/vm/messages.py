@@ -168,6 +168,12 @@ class VmStateChanged(Message, frozen=True, kw_only=True):
     is_spare: bool = False
 
 
+class VmRemoved(Message, frozen=True, kw_only=True):
+    """The router has struck it off its books: nobody hears of this machine again."""
+
+    vm_id: str
+
+
 class VmAssigned(Message, frozen=True, kw_only=True):
     """The router has decided: this machine is the ticket's."""
 
@@ -192,10 +198,12 @@ class MachineGone(Message, frozen=True, kw_only=True):
 
 
 class MachinePaused(Message, frozen=True, kw_only=True):
+    ticket: str
     vm_id: str
 
 
 class MachineResumed(Message, frozen=True, kw_only=True):
+    ticket: str
     vm_id: str
 
 

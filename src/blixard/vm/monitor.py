@@ -6,11 +6,11 @@ from blixard.domain.requirements import VmMode
 from blixard.domain.vm import VmState
 from blixard.vm.messages import (
     IdleVmDetected,
-    MachineGone,
     MeasureMachine,
     MemoryMeasured,
     Message,
     Tick,
+    VmRemoved,
     VmShouldRecycle,
     VmStateChanged,
 )
@@ -47,7 +47,7 @@ class ResourceMonitor:
                 return self._tick(at)
             case VmStateChanged():
                 self._follow(message)
-            case MachineGone(vm_id=vm_id):
+            case VmRemoved(vm_id=vm_id):
                 self._watched.pop(vm_id, None)
             case MemoryMeasured(vm_id=vm_id, private_memory=size) if watched := self._watched.get(vm_id):
                 return self._weigh(vm_id, watched, size)

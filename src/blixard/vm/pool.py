@@ -215,11 +215,10 @@ class VmPool:
         machine, _ = guest.living()
         if isinstance(message, PauseVm):
             await machine.pause()
-            self._emit(MachinePaused(vm_id=guest.id))
+            self._emit(MachinePaused(ticket=message.ticket, vm_id=guest.id))
         else:
             await machine.resume()
-            self._emit(MachineResumed(vm_id=guest.id))
-        self._emit(Answered(ticket=message.ticket))
+            self._emit(MachineResumed(ticket=message.ticket, vm_id=guest.id))
 
     async def _snapshot(self, message: SnapshotVm) -> None:
         name, shape = message.vm_id, None

@@ -48,6 +48,7 @@ from blixard.vm.messages import (
     VmAssigned,
     VmDegraded,
     VmRecovered,
+    VmRemoved,
     VmShouldRecycle,
     VmStateChanged,
     VmUnhealthy,
@@ -164,16 +165,23 @@ class VmRouter:
 
     def _hear_of_machine(self, message: MachineReady | MachinePaused | MachineResumed | MachineGone) -> None:
         vm = self._vms.get(message.vm_id)
-        if vm is None:
-            return
         match message:
+            case MachinePaused() | MachineResumed():
+                self._pause(vm, message)
+            case _ if vm is None:
+                return
             case MachineReady():
                 self._became_ready(vm)
-            case MachinePaused() | MachineResumed():
-                vm.is_paused = isinstance(message, MachinePaused)
-                self._tell(vm)
             case MachineGone():
                 self._is_gone(vm, message)
+
+    def _pause(self, vm: Vm | None, message: MachinePaused | MachineResumed) -> None:
+        if vm is None:
+            self._say(Refused(ticket=message.ticket, error=VmNotFound(message.vm_id)))
+            return
+        vm.is_paused = isinstance(message, MachinePaused)
+        self._tell(vm)
+        self._say(Answered(ticket=message.ticket))
 
     def _hear_of_health(self, message: Message) -> None:
         match message:
@@ -455,6 +463,7 @@ class VmRouter:
 
     def _is_gone(self, vm: Vm, message: MachineGone) -> None:
         del self._vms[vm.id]
+        self._say(VmRemoved(vm_id=vm.id))
         for ticket in vm.closers:
             self._say(Answered(ticket=ticket, value=message.cause))
         error = message.error or MachineLost(f"virtual machine {vm.id} ended: {message.cause}")

@@ -38,6 +38,7 @@ from blixard.vm.messages import (
     VmAssigned,
     VmDegraded,
     VmRecovered,
+    VmRemoved,
     VmShouldRecycle,
     VmStateChanged,
     VmUnhealthy,
@@ -115,6 +116,8 @@ class RouterMachine(RuleBasedStateMachine):
                 assert ticket in self.open or ticket in self.callers
                 self.open.discard(ticket)
                 self.callers.discard(ticket)
+            case VmRemoved(vm_id=vm_id):
+                assert vm_id not in self.machines
             case _:
                 raise AssertionError(f"the router said {message!r}")
 
@@ -206,12 +209,17 @@ class RouterMachine(RuleBasedStateMachine):
         self.send(MachineGone(vm_id=vm_id, kind=kind, cause="gone", error=error))
 
     @precondition(lambda self: self.machines)
-    @rule(
-        data=st.data(),
-        kind=st.sampled_from((MachinePaused, MachineResumed, VmRecovered)),
-    )
-    def change(self, data: st.DataObject, kind: type[MachinePaused | MachineResumed | VmRecovered]) -> None:
-        self.send(kind(vm_id=self.pick(data, list(self.machines))))
+    @rule(data=st.data(), kind=st.sampled_from((MachinePaused, MachineResumed)))
+    def pause(self, data: st.DataObject, kind: type[MachinePaused | MachineResumed]) -> None:
+        caller = f"call{next(self.numbers)}"
+        self.callers.add(caller)
+        self.send(kind(ticket=caller, vm_id=self.pick(data, [*self.machines, "vm-unknown"])))
+        assert caller not in self.callers
+
+    @precondition(lambda self: self.machines)
+    @rule(data=st.data())
+    def recover(self, data: st.DataObject) -> None:
+        self.send(VmRecovered(vm_id=self.pick(data, list(self.machines))))
 
     @precondition(lambda self: self.machines)
     @rule(data=st.data(), kind=st.sampled_from((VmDegraded, VmUnhealthy, VmShouldRecycle, IdleVmDetected)))

@@ -141,7 +141,7 @@ def test_an_empty_config_file_variable_names_no_file(tmp_path: Path) -> None:
         ("[server]\nport = 1.5", "config.toml:2: server.port: 1.5 is not a whole number"),
         ("[server]\nurl = 'example.org'", "does not start with http:// or https://"),
         ("[log]\nlevel = 'wran'", "config.toml:2: log.level: 'wran' is not one of debug, info, warning, error"),
-        ("[worker]\ntypes = ['wasn']", "'wasn' is not one of process, wasm; did you mean 'wasm'?"),
+        ("[worker]\ntypes = ['wasn']", "'wasn' is not one of process, wasm, microvm; did you mean 'wasm'?"),
         ("[worker]\nqueues = ['a', 'a']", "names something twice"),
         ("[worker.labels]\nzone = 3", "config.toml:1: worker.labels: the label 'zone' has a value that is not text"),
         ("[storage]\ncompleted_retention = '7w'", "there is no unit 'w' in '7w'"),

@@ -30,6 +30,8 @@ TESTED_ELSEWHERE = {
     "server.tls_key": "tests/integration/test_serve.py::test_it_speaks_https_with_the_files_given",
     "server.url": "tests/integration/test_cli_serve.py::",
     "server.token": "tests/integration/test_cli_serve.py::",
+    "sandbox.minimum_isolation": "tests/unit/vm/test_vm_service.py::test_a_submitter_cannot_go_below_the_isolation_that_the_server_demands",
+    "vm.skip": "tests/unit/vm/test_vm_service.py::test_without_virtual_machines_the_worker_starts_and_says_why",
     "server.request_limit": "tests/integration/test_serve.py::test_a_body_over_the_limit_of_the_settings_is_refused",
 }
 REACHED = {
@@ -58,6 +60,28 @@ REACHED = {
     "sandbox.open_files": 64,
     "wasm.fuel": 1_000_000,
     "wasm.cache_size": 10 * MIB,
+    "vm.directory": "vm",
+    "vm.max_vms": 4,
+    "vm.memory": 512 * MIB,
+    "vm.default_memory": 256 * MIB,
+    "vm.image": "data-science",
+    "vm.pool": 3,
+    "vm.service_vms": 2,
+    "vm.auto_create": False,
+    "vm.prefer_service": False,
+    "vm.max_jobs_per_vm": 7,
+    "vm.max_uptime": 600.0,
+    "vm.memory_share": 0.5,
+    "vm.idle_shutdown": 60.0,
+    "vm.share_memory": False,
+    "vm.health_interval": 2.0,
+    "vm.health_timeout": 3.0,
+    "vm.failure_threshold": 5,
+    "vm.recovery_threshold": 4,
+    "vm.breaker_threshold": 6,
+    "vm.breaker_time": 120.0,
+    "vm.start_timeout": 30.0,
+    "vm.shutdown_timeout": 5.0,
     "log.level": "warning",
     "log.format": "json",
 }
@@ -78,6 +102,7 @@ def factory(tmp_path: Path) -> Recording:
     for key, value in REACHED.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
+    sections["vm"] |= {"directory": str(tmp_path / "vm")}
     sections["storage"] |= {"data_dir": str(tmp_path / "data"), "blob_url": f"file://{tmp_path}/objects"}
     (tmp_path / "objects").mkdir()
     return Recording(Settings.model_validate(sections))
@@ -179,3 +204,23 @@ def test_messages_have_the_level_and_format_of_the_settings(monkeypatch: pytest.
     assert "plain" in said.getvalue().splitlines()[-1]
     with pytest.raises(json.JSONDecodeError):
         json.loads(said.getvalue().splitlines()[-1])
+
+
+def test_the_vm_manager_is_told_everything(factory: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factory, "missing_for_vms", lambda: "")
+    told: list[dict[str, object]] = []
+    monkeypatch.setattr(
+        "blixard.vm.hypervisor.qemu.QemuHypervisor.__init__", lambda _, *__, **given: told.append(given)
+    )
+    config = factory.create_vm_manager().config
+    assert told == [{"share_memory": REACHED["vm.share_memory"]}]
+    assert config.directory == tmp_path / "vm"
+    assert (config.image, config.memory_mb, config.service_vms) == ("data-science", 256, 2)
+    assert (config.start_timeout, config.shutdown_timeout) == (30.0, 5.0)
+    routing, health = config.routing, config.health
+    assert (routing.max_vms, routing.memory_mb, routing.pool) == (4, 512, 3)
+    assert (routing.auto_create, routing.prefer_service) == (False, False)
+    assert (routing.max_jobs_per_vm, routing.max_uptime, routing.idle_shutdown) == (7, 600.0, 60.0)
+    assert (health.interval, health.timeout, health.failure_threshold) == (2.0, 3.0, 5)
+    assert (health.recovery_threshold, health.breaker_threshold, health.breaker_seconds) == (4, 6, 120.0)
+    assert config.monitor.memory_share == REACHED["vm.memory_share"]

@@ -91,7 +91,7 @@ def worker(
         str | None, typer.Option(metavar="TOKEN", help="Token with the scope worker; better: BLIXARD_TOKEN.")
     ] = None,
     types: Annotated[
-        list[WorkerType] | None, typer.Option("--type", metavar="TYPE", help="process or wasm. Repeatable.")
+        list[WorkerType] | None, typer.Option("--type", metavar="TYPE", help="process, wasm or microvm. Repeatable.")
     ] = None,
     slots: Annotated[int | None, typer.Option(metavar="N", help="Jobs at the same time; default: CPUs.")] = None,
     queue: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Queue to serve. Repeatable.")] = None,

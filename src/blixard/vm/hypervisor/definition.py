@@ -6,7 +6,7 @@ import msgspec
 
 from blixard.vm.hypervisor.contract import Accelerator, MachineShape
 
-VERSION = 1
+VERSION = 2
 AGENT_PORT = "agent"
 """The virtio-serial port's name in the guest: /dev/virtio-ports/agent where udev runs, /dev/vport*p1 everywhere."""
 TRANSLATION_CACHE_MB = 64

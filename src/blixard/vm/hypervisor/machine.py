@@ -15,6 +15,7 @@ from blixard.errors import MachineLost
 from blixard.vm.hypervisor.causes import count_oom_kills, explain_end
 from blixard.vm.hypervisor.confinement import child_of, kill_group
 from blixard.vm.hypervisor.contract import MachineShape
+from blixard.vm.hypervisor.idleness import wait_until_idle
 from blixard.vm.hypervisor.monitor import CommandRefused, Monitor, MonitorLost
 from blixard.vm.hypervisor.tail import Tail
 
@@ -97,6 +98,11 @@ class QemuMachine:
         await self.execute("migrate-set-parameters", **{"max-bandwidth": _UNBOUNDED})
         await self._ask(self._monitor.give(_STATE, descriptor), "getfd")
         await self._ask(self._monitor.send(f"fd:{_STATE}"), "migrate", MIGRATION_SECONDS)
+
+    async def settle(self) -> None:
+        """Return when the guest has nothing to do, or will not stop having."""
+        if self._qemu is not None and not self._gone.done():
+            await wait_until_idle(self._qemu)
 
     async def is_running(self) -> bool:
         status = await self.execute("query-status")

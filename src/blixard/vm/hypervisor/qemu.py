@@ -202,6 +202,8 @@ class QemuHypervisor:
                 if machine.memory is None:
                     raise MachineLost(f"machine {machine.id} shares its memory with a template: take a snapshot of it")
                 memory = owned.own(os.dup(machine.memory))
+                if await machine.is_running():
+                    await machine.settle()
                 state = await _save_state(machine)
             finally:
                 await machine.destroy()

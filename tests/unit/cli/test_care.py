@@ -35,11 +35,12 @@ PROGRAM = str(Path(sys.executable).parent / "blixard")
 SUBCOMMANDS = [
     *(["token", "create"], ["token", "list"], ["token", "revoke"], ["config", "show"]),
     *(["image", "list"], ["image", "build"], ["image", "prune"]),
+    *(["vm", name] for name in ("setup", "exec", "shell", "pause", "resume", "stop", "snapshot", "fork")),
 ]
 
 
 @pytest.mark.parametrize(
-    "command", [*([name] for name in COMMANDS if name not in {"token", "config", "image"}), *SUBCOMMANDS]
+    "command", [*([name] for name in COMMANDS if name not in {"token", "config", "image", "vm"}), *SUBCOMMANDS]
 )
 def test_every_command_has_help_with_an_example(shell: Shell, command: list[str]) -> None:
     said = shell.run(*command, "--help")

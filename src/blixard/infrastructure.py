@@ -149,6 +149,7 @@ class ProductionInfrastructureFactory:
         return find_missing_for_vms(self.settings)
 
     def create_vm_manager(self, *, pool: int | None = None) -> VmManager:
+        from blixard.backends.microvm.warmup import warm_up
         from blixard.vm.hypervisor.qemu import QemuHypervisor
         from blixard.vm.image.store import ImageStore
         from blixard.vm.image_source import GuestImages
@@ -161,7 +162,8 @@ class ProductionInfrastructureFactory:
             raise VmUnavailable(hint=reason)
         hypervisor = QemuHypervisor(config.directory, share_memory=self.settings.vm.share_memory)
         images = GuestImages(ImageStore(config.directory / "images"))
-        return VmManager(config, hypervisor, images, self.create_clock())
+        warming = self._vm_settings(BackendSettings(scratch=config.directory / "scratch"))
+        return VmManager(config, hypervisor, images, self.create_clock(), warm_up=lambda lease: warm_up(lease, warming))
 
     def create_vm_service(self) -> VmService:
         from blixard.backends.microvm import MicroVmBackend

@@ -96,7 +96,7 @@ READERS: dict[type[Message], tuple[Name, ...]] = {
     **dict.fromkeys((StartMachine, ReseedMachine, StopMachine, PingMachine, MeasureMachine), (Name.POOL,)),
     **dict.fromkeys((VmAssigned, PauseVm, ResumeVm, SnapshotVm, ReachVm, PrepareShape), (Name.POOL,)),
     CheckNow: (Name.HEALTH,),
-    Tick: _ALL_BOOKS,
+    Tick: (*_ALL_BOOKS, Name.ROUTER),
     VmStateChanged: _ALL_BOOKS,
     VmRemoved: _ALL_BOOKS,
     MachineReady: (Name.HEALTH, Name.ROUTER),

@@ -35,7 +35,7 @@ from blixard.vm.messages import (
 from blixard.vm.monitor import ResourceMonitor
 from blixard.vm.owner import CONTROL, OwnerDirectory, end_the_dead
 from blixard.vm.policy import VmManagerConfig, shape_of
-from blixard.vm.pool import Lease, VmPool
+from blixard.vm.pool import Lease, VmPool, WarmUp
 from blixard.vm.router import VmRouter
 from blixard.vm.templates import Connect, ImageSource, TemplateShelf
 
@@ -53,7 +53,8 @@ class VmManager:
     """Keeps virtual machines for the jobs of one process. Follows ``VmLeaser``. All methods belong on one event loop.
 
     Nothing boots before the first job, ``prepare`` or ``start_service_vms``. Machines die with this process; what a killed
-    one has left is ended by the next manager that starts on the same directory.
+    one has left is ended by the next manager that starts on the same directory. ``warm_up`` runs a job that does nothing in a
+    machine that is to be kept ready.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class VmManager:
         clock: Clock,
         *,
         connect: Connect = _connect,
+        warm_up: WarmUp | None = None,
     ) -> None:
+        self._warm_up = warm_up
         self.config = config
         self._hypervisor = hypervisor
         self._images = images
@@ -256,6 +259,7 @@ class VmManager:
             connect=self._connect,
             emit=emit,
             spawn=spawn,
+            warm_up=self._warm_up,
         )
         return {
             Name.ROUTER: VmRouter(config.routing, lambda: new_id("vm")),

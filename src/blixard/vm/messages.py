@@ -70,11 +70,15 @@ class StopRouting(Asking, frozen=True, kw_only=True):
 
 
 class StartMachine(Message, frozen=True, kw_only=True):
-    """Make a machine run: a clone of its shape's template, which is made first if there is none, or of a snapshot."""
+    """Make a machine run: a clone of its shape's template, which is made first if there is none, or of a snapshot.
+
+    ``warm``: nobody waits for it, so it may run a job of ours that does nothing, after which the first real one is quicker.
+    """
 
     vm_id: str
     shape: VmShape
     template: str | None = None
+    warm: bool = False
 
 
 class ReseedMachine(Message, frozen=True, kw_only=True):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blixard.errors import BlixardError, Conflict, InternalError, LimitExceeded, MachineLost, NotFound, VmNotFound
 from blixard.vm.agent_link import GuestNetwork, fresh_identity
 from blixard.vm.hypervisor.contract import Hypervisor, Machine, Template
+from blixard.vm.lease import VmLease
 from blixard.vm.messages import (
     Answered,
     EndKind,
@@ -64,6 +65,7 @@ class Guest:
         self.id = order.vm_id
         self.shape = order.shape
         self.template = order.template
+        self.is_to_warm = order.warm
         self.directory = directory
         self.machine: Machine | None = None
         self.link: AgentLink | None = None
@@ -99,6 +101,9 @@ class Lease:
         self.id = guest.id
         self.link = link
         self.lost = guest.lost
+
+
+WarmUp = Callable[[VmLease], Awaitable[None]]
 
 
 class Permits:
@@ -137,7 +142,9 @@ class VmPool:
         connect: Connect,
         emit: Callable[[Message], None],
         spawn: Spawn,
+        warm_up: WarmUp | None = None,
     ) -> None:
+        self._warm_up = warm_up
         self._hypervisor = hypervisor
         self._shelf = shelf
         self._runtime = runtime
@@ -300,6 +307,8 @@ class VmPool:
                 guest.machine = await self._clone(guest, template)
                 guest.link = await self._connect(guest.machine, self._start_timeout)
                 await self._reseed(guest)
+                if guest.is_to_warm and self._warm_up is not None:
+                    await self._warm_up(Lease("", guest, guest.link))
         except TimeoutError as error:
             raise MachineLost(f"it was not ready within {self._start_timeout:g} s") from error
 

@@ -136,7 +136,10 @@ class VmRouter:
         self._out = []
         self._take(message)
         self._serve_waiting()
-        self._fill_pool()
+        if not isinstance(
+            message, RouteJob | MachineReady
+        ):  # a job that begins now has the processors to itself for a moment
+            self._fill_pool()
         if self._last_words and not self._vms:
             self._out += [Answered(ticket=ticket) for ticket in self._last_words]
             self._last_words.clear()
@@ -396,9 +399,9 @@ class VmRouter:
         self._trial.discard(shape)
         return vm
 
-    def _start(self, vm: Vm, template: str | None = None) -> None:
+    def _start(self, vm: Vm, template: str | None = None, *, warm: bool = False) -> None:
         self._tell(vm)
-        self._say(StartMachine(vm_id=vm.id, shape=vm.shape, template=template))
+        self._say(StartMachine(vm_id=vm.id, shape=vm.shape, template=template, warm=warm))
 
     def _fill_pool(self) -> None:
         """Start one more spare, if it takes nothing from anybody who waits; one at a time, since jobs come first."""
@@ -408,7 +411,7 @@ class VmRouter:
         spares = sum(vm.is_spare and vm.shape == shape for vm in self._vms.values())
         is_starting = any(vm.state is VmState.STARTING for vm in self._vms.values())
         if spares < self._rules.pool and not is_starting and self._has_room(shape):
-            self._start(self._add(shape, VmMode.EPHEMERAL))
+            self._start(self._add(shape, VmMode.EPHEMERAL), warm=True)
 
     # Machines that no job asked for
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import uvloop
 
 from blixard.errors import MachineLost, NotFound, NotSupportedHere, StoreFull
 from blixard.storage.locks import is_free
@@ -455,3 +456,18 @@ def test_an_ordinary_user_has_machines_too(rig: QemuRig) -> None:
         words = [sys.executable, "-c", ORDINARY, place, msgspec.json.encode(shape, enc_hook=str).decode()]
         done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.stdout == "from the guest True\n", done.stderr
+
+
+def test_machines_run_on_uvloop_too(rig: QemuRig, tmp_path: Path) -> None:
+    async def live() -> str:
+        machines = Machines(rig.hypervisor(tmp_path), rig, tmp_path)
+        try:
+            clone = await machines.clone()
+            said = await run(clone, "echo $origin")
+            await machines.hypervisor.snapshot(clone, tmp_path / "templates" / "fork")
+            return said
+        finally:
+            await machines.end()
+
+    assert uvloop.run(live()) == "template"
+    assert list(tmp_path.glob("vm-*")) == []

@@ -30,7 +30,9 @@ from blixard.vm.hypervisor.saved import (
     OpenTemplate,
     OpenTemplates,
     keep_state,
+    note_use,
     open_saved,
+    prune_saved,
     remove_leftovers,
     write_saved,
 )
@@ -180,6 +182,7 @@ class QemuHypervisor:
                 os.close(descriptor)
         except NotFound:
             return None
+        note_use(path)
         return template
 
     def _load(self, template: Template) -> tuple[int, int]:
@@ -209,6 +212,7 @@ class QemuHypervisor:
                 await machine.destroy()
             seal_memory(memory)
             await asyncio.to_thread(write_saved, template, memory, state)
+            await asyncio.to_thread(prune_saved, template.parent)
             for descriptor in self._opened.keep(template, OpenTemplate(os.dup(memory), keep_state(state))):
                 os.close(descriptor)
         return Template(key=template.name, shape=machine.shape, directory=template)

@@ -6,9 +6,11 @@ beside it is held while its writer lives. A crash leaves at most such a director
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -32,10 +34,15 @@ FORMAT = 1
 MEMORY, STATE, MANIFEST = "memory", "state", "manifest.json"
 MAX_OPEN_TEMPLATES = 8
 """Templates whose memory is kept at hand: about 120 MB each for the default image. The least recently used goes first."""
+MAX_SAVED_TEMPLATES = 16
+"""On disk, 2 GB with the default image: images, sizes and versions come and go, and a template is made anew in seconds."""
 MAX_STATE_BYTES = 64 * 1024 * 1024
 """Device state without memory is 0.4 MB."""
 MAX_MANIFEST_BYTES = 1024 * 1024
 _HIDDEN, _LOCK = ".new-", ".lock"
+
+
+_KEY = re.compile(r"[0-9a-f]{32}")
 
 
 class CorruptTemplate(Exception):
@@ -259,3 +266,22 @@ def remove_leftovers(templates: Path) -> int:
         if is_free(lock):
             lock.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def note_use(directory: Path) -> None:
+    """Let ``prune_saved`` know that a template is in use. A place that cannot be written keeps its order."""
+    with contextlib.suppress(OSError):
+        os.utime(directory / MANIFEST)
+
+
+def prune_saved(templates: Path, most: int = MAX_SAVED_TEMPLATES) -> int:
+    """Remove the templates that were not used for longest, all but ``most``; return how many. Other directories are left alone."""
+    used = []
+    for path in templates.iterdir():
+        with contextlib.suppress(OSError):  # another process is removing it
+            if _KEY.fullmatch(path.name):
+                used.append(((path / MANIFEST).stat().st_mtime_ns, path))
+    oldest = [path for _, path in sorted(used)[: max(0, len(used) - most)]]
+    for path in oldest:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(oldest)

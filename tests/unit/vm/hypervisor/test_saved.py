@@ -16,13 +16,16 @@ from blixard.vm.hypervisor.guest_memory import CHUNK, Descriptors, create_memory
 from blixard.vm.hypervisor.saved import (
     MANIFEST,
     MAX_OPEN_TEMPLATES,
+    MAX_SAVED_TEMPLATES,
     MEMORY,
     STATE,
     CorruptTemplate,
     OpenTemplate,
     OpenTemplates,
     keep_state,
+    note_use,
     open_saved,
+    prune_saved,
     remove_leftovers,
     write_saved,
 )
@@ -216,3 +219,18 @@ def test_a_template_that_was_never_there_is_told_apart_from_a_corrupt_one(tmp_pa
     with pytest.raises(FileNotFoundError):
         open_saved(tmp_path / "empty", MB)
     shutil.rmtree(tmp_path / "empty")
+
+
+def test_templates_on_disk_are_few_and_the_least_used_goes_first(tmp_path: Path) -> None:
+    names = [f"{number:032x}" for number in range(MAX_SAVED_TEMPLATES + 2)]
+    for number, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).touch()
+        os.utime(tmp_path / name / MANIFEST, (number, number))
+    for other in ("snapshot-vm-1", ".new-x", "a" * 32):
+        (tmp_path / other).mkdir()
+    assert prune_saved(tmp_path, MAX_SAVED_TEMPLATES + 2) == 0
+    note_use(tmp_path / names[0])
+    note_use(tmp_path / "nowhere")
+    assert prune_saved(tmp_path) == 2
+    assert sorted(names_in(tmp_path)) == sorted([names[0], *names[3:], "snapshot-vm-1", ".new-x", "a" * 32])

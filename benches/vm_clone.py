@@ -1,9 +1,10 @@
 """Time and memory of fresh virtual machines: ``python benches/vm_clone.py [CLONES] [SPIKE]``.
 
 Prints p50 and p99 in ms of one clone after the other, from its start to: running, the agent's first answer, given an identity of its own, a
-Python script finished on it (through the backend), and of its end. Then the private memory of 20 idle clones of a 256 MB guest, and after a
-job on each. SPIKE is the program that first measured this (``vm_snapshot_restore.py``): it runs before and after with the same kernel and
-root file system, for comparison on this very machine under this very load.
+Python script finished on it (through the backend), and of its end. Then the private memory of 20 idle clones of a 256 MB guest.
+
+SPIKE is the program that first measured this (``vm_snapshot_restore.py``): it runs before and after with the same kernel and root file
+system, for comparison on this very machine under this very load.
 """
 
 from __future__ import annotations

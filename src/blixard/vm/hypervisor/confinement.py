@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ KVM_DEVICE = "/dev/kvm"
 _LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/usr/local/lib", "/lib", "/lib64", "/lib32")
 _DATA = ("/usr/share/qemu", "/usr/share/qemu-kvm", "/usr/share/seabios", "/usr/local/share/qemu", "/etc/ld.so.cache")
 QEMU_HINT = "install it (Debian, Ubuntu: apt install qemu-system-x86; Fedora: dnf install qemu-system-x86-core)"
+OLDEST = (7, 2)
+"""The oldest QEMU that our tests ran with."""
 TRIAL_SECONDS = 30.0
 
 MAX_OPEN_FILES = 256
@@ -98,7 +101,10 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def version(self) -> str:
-        """Return QEMU's version, as it says itself within its confinement. Raises ``NotSupportedHere`` if it cannot be run so."""
+        """Return QEMU's version, as it says itself within its confinement.
+
+        Raises ``NotSupportedHere`` if it cannot be run so, or is older than what we were tried with.
+        """
         try:
             process = self.start(["--version"], keep=())
             said, complaint = communicate(process, TRIAL_SECONDS)
@@ -110,8 +116,18 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
                 f"{self.qemu} cannot be run confined: {reason}",
                 hint="allow unprivileged user namespaces, and see that bubblewrap is installed for all users",
             )
-        words = said.decode(errors="replace").split()
-        return words[words.index("version") + 1] if "version" in words[:-1] else "unknown"
+        return read_version(said.decode(errors="replace"), self.qemu)
+
+
+def read_version(said: str, program: str) -> str:
+    """Return the version in what ``--version`` prints. Raises ``NotSupportedHere`` if it is too old, or none."""
+    found = re.search(r"version (\d+)\.(\d+)[.\d]*", said)
+    if found is None:
+        raise NotSupportedHere(f"{program} does not tell its version: {said[:100]!r}", hint=QEMU_HINT)
+    if (int(found[1]), int(found[2])) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        raise NotSupportedHere(f"{program} is version {found[1]}.{found[2]}, {wanted} is needed", hint=QEMU_HINT)
+    return found[0].removeprefix("version ")
 
 
 def communicate(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, bytes]:

@@ -8,12 +8,13 @@ from blixard.errors import NotEnoughMemory
 
 MACHINE_OVERHEAD_MB = 96
 """What QEMU takes beside the guest's memory: its own data, and translated code under TCG."""
+UNLIMITED = 1 << 43
 _MB = 1 << 20
 
 
 def available_mb() -> int:
-    """Return how many MB processes of this host, or of our cgroup if it has a limit, can still get."""
-    return min(_free_on_host(), _free_in_cgroup())
+    """Return how many MB processes of this host, or of our cgroups if they have a limit, can still get."""
+    return min(_free_on_host(), free_in_cgroups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup")))
 
 
 def _free_on_host() -> int:
@@ -24,22 +25,37 @@ def _free_on_host() -> int:
     return 0
 
 
-_V2 = ("memory.max", "memory.current", "memory.stat", "inactive_file")
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def _free_in_cgroup(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Inside a container the limit stands at the root of what it sees; ``sys.maxsize`` MB without a limit."""
-    free = 1 << 40
-    for place, names in ((root, _V2), (root / "memory", _V1)):
-        try:
-            limit, used = ((place / name).read_text().strip() for name in names[:2])
-            cached = _stat(place / names[2], names[3])
-        except OSError:
-            continue
-        if limit != "max":
-            free = min(free, max(0, int(limit) - int(used) + cached) // _MB)
+def free_in_cgroups(own: str, root: Path) -> int:
+    """Return what the tightest of our cgroups and their parents leaves; ``UNLIMITED`` if none has a limit.
+
+    ``own``: the content of /proc/self/cgroup. In a container its paths may not be there: then the root's limits are ours.
+    """
+    free = UNLIMITED
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            free = min(free, *_free_upwards(root, path, _V2))
+        elif "memory" in controllers.split(","):
+            free = min(free, *_free_upwards(root / "memory", path, _V1))
     return free
+
+
+def _free_upwards(root: Path, path: str, names: tuple[str, str, str]) -> list[int]:
+    own = root / path.strip("/")
+    return [_free_in(place, names) for place in (own, *own.parents) if place == root or root in place.parents]
+
+
+def _free_in(place: Path, names: tuple[str, str, str]) -> int:
+    try:
+        limit, used = ((place / name).read_text().strip() for name in names[:2])
+        cached = _stat(place / "memory.stat", names[2])
+    except OSError:
+        return UNLIMITED
+    return UNLIMITED if limit == "max" else max(0, int(limit) - int(used) + cached) // _MB
 
 
 def _stat(path: Path, wanted: str) -> int:

@@ -11,11 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from blixard.errors import NotEnoughMemory
+from blixard.errors import NotEnoughMemory, NotSupportedHere
 from blixard.storage.locks import FileLock, is_free
 from blixard.vm.hypervisor.accelerator import ANSWER, Answer, describe_host, recall, refuse_device, remember
 from blixard.vm.hypervisor.causes import explain_end
-from blixard.vm.hypervisor.host_memory import MACHINE_OVERHEAD_MB, available_mb, require_memory
+from blixard.vm.hypervisor.confinement import read_version
+from blixard.vm.hypervisor.host_memory import (
+    MACHINE_OVERHEAD_MB,
+    UNLIMITED,
+    available_mb,
+    free_in_cgroups,
+    require_memory,
+)
 from blixard.vm.hypervisor.orphans import LOCK, end_orphans
 from blixard.vm.hypervisor.tail import MAX_TAIL_BYTES, Tail
 
@@ -85,7 +92,46 @@ def test_memory_is_refused_with_figures() -> None:
 
 
 def test_this_host_has_some_memory() -> None:
-    assert 0 < available_mb() < 1 << 40
+    assert 0 < available_mb() < UNLIMITED
+
+
+def group(place: Path, **files: str) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (place / name.replace("__", ".")).write_text(text)
+
+
+def test_the_tightest_cgroup_counts(tmp_path: Path) -> None:
+    group(tmp_path, memory__max="max\n", memory__current="1\n", memory__stat="inactive_file 0\n")
+    assert free_in_cgroups("0::/a/b\n", tmp_path) == UNLIMITED
+    group(
+        tmp_path / "a", memory__max=f"{500 << 20}", memory__current=f"{300 << 20}", memory__stat="inactive_file 1048576"
+    )
+    assert free_in_cgroups("0::/a/b\n", tmp_path) == 201
+    group(tmp_path / "a" / "b", memory__max=f"{400 << 20}", memory__current=f"{500 << 20}", memory__stat="x 1\n")
+    assert free_in_cgroups("0::/a/b\n", tmp_path) == 0
+    assert free_in_cgroups("0::/not/seen/in/a/container\n", tmp_path) == UNLIMITED
+
+
+def test_the_older_cgroups_count_too(tmp_path: Path) -> None:
+    files = {"memory__limit_in_bytes": f"{64 << 20}", "memory__usage_in_bytes": f"{32 << 20}", "memory__stat": ""}
+    group(tmp_path / "memory" / "a", **files)
+    assert free_in_cgroups("3:cpu,memory:/a\n2:pids:/\n0::/\n", tmp_path) == 32
+
+
+@pytest.mark.parametrize(
+    ("said", "version"), [("QEMU emulator version 7.2.22 (Debian)\n", "7.2.22"), ("version 10.0", "10.0")]
+)
+def test_qemu_tells_its_version(said: str, version: str) -> None:
+    assert read_version(said, "qemu") == version
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"), [("QEMU emulator version 6.2.0", "is version 6.2, 7.2 is needed"), ("?", "does not tell")]
+)
+def test_an_older_qemu_is_refused(said: str, complaint: str) -> None:
+    with pytest.raises(NotSupportedHere, match=complaint):
+        read_version(said, "qemu")
 
 
 def test_an_answer_holds_for_the_very_host_only(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import httpx
 import msgspec
 
 from blixard.client.http_link import Content, HttpLink, ServerAddress
-from blixard.domain.ids import check_id, new_job_id
+from blixard.domain.ids import check_id, new_job_ids
 from blixard.domain.job import NewJob
 from blixard.domain.limits import KIB, MAX_WAIT_SECONDS
 from blixard.domain.spec import JobSpec
@@ -200,7 +200,8 @@ def _with_ids(request: SubmitRequest) -> SubmitRequest:
     """Give every job its id now; the ids of a batch's jobs follow from their index."""
     if request.batch is not None or all(job.id is not None for job in request.jobs):
         return request
-    jobs = [job if job.id is not None else msgspec.structs.replace(job, id=new_job_id()) for job in request.jobs]
+    fresh = iter(new_job_ids(len(request.jobs)))
+    jobs = [job if job.id is not None else msgspec.structs.replace(job, id=next(fresh)) for job in request.jobs]
     return msgspec.structs.replace(request, jobs=jobs)
 
 

@@ -40,11 +40,13 @@ class IdGenerator:
         self._pid = 0
         self._last = 0
         self._random = 0
-        self._head = ("", 0, 0)
-        """The digits that neighbouring ids share, and the time and upper part of the random number that they say."""
 
     def next(self, prefix: str) -> str:
         """Return ``prefix`` + ``_`` + 26 characters. Safe from several threads and after a fork."""
+        return self.next_many(prefix, 1)[0]
+
+    def next_many(self, prefix: str, count: int) -> list[str]:
+        """Return that many at once, rising by one each."""
         with self._lock:
             now = time.time_ns() // 1_000_000
             if now > self._last or self._pid != os.getpid():
@@ -53,10 +55,21 @@ class IdGenerator:
                 self._random = secrets.randbits(79)
             else:
                 self._random += 1
-            upper, lower = self._random >> 20, self._random & 0xFFFFF
-            if self._head[1:] != (self._last, upper):
-                self._head = (_base32(self._last, 10) + _base32(upper, 12), self._last, upper)
-            return f"{prefix}_{self._head[0]}{_PAIRS[lower >> 10]}{_PAIRS[lower & 1023]}"
+            moment, first = self._last, self._random
+            self._random += count - 1
+        return _format_ids(f"{prefix}_{_base32(moment, 10)}", first, count)
+
+
+def _format_ids(start: str, first: int, count: int) -> list[str]:
+    """Return ``start`` with 16 digits behind it for each number from ``first`` on. What changes rarely is written rarely."""
+    ids: list[str] = []
+    while len(ids) < count:
+        head = start + _base32(first >> 20, 12)
+        low = first & 0xFFFFF
+        high = min(low + count - len(ids), 1 << 20)
+        ids += [f"{head}{_PAIRS[number >> 10]}{_PAIRS[number & 1023]}" for number in range(low, high)]
+        first += high - low
+    return ids
 
 
 _generator = IdGenerator()
@@ -64,6 +77,10 @@ _generator = IdGenerator()
 
 def new_job_id() -> str:
     return _generator.next("job")
+
+
+def new_job_ids(count: int) -> list[str]:
+    return _generator.next_many("job", count)
 
 
 def new_id(prefix: str) -> str:

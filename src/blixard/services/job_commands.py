@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from blixard.domain.batch import Batch, batch_id, batch_job_id
 from blixard.domain.grants import check_input_path
-from blixard.domain.ids import check_id, new_job_id
+from blixard.domain.ids import check_id, new_job_ids
 from blixard.domain.job import NewJob
 from blixard.domain.limits import MAX_ARGUMENTS_BYTES, MAX_BATCH_JOBS, MAX_INPUTS, MAX_PRIORITY
 from blixard.domain.payload import blobs_of
@@ -221,9 +221,10 @@ def _named_jobs(request: SubmitRequest) -> tuple[list[NamedJob], list[NamedJob]]
         return _jobs_of_batch(check_id(request.batch, field="batch"), request.first_index, jobs)
     named: list[NamedJob] = []
     chosen: list[NamedJob] = []
+    fresh = iter(new_job_ids(sum(job.id is None for job in jobs)))
     for job in jobs:
         if job.id is None:
-            named.append((new_job_id(), job))
+            named.append((next(fresh), job))
         elif _GENERATED.fullmatch(job.id):
             named.append((job.id, job))
         else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import re
 import threading
+import time
 
 from blixard.domain.ids import IdGenerator, check_id
 
@@ -43,6 +45,17 @@ def test_the_count_within_a_millisecond_carries_into_every_digit() -> None:
         first, second = number_of(generator.next("job")), number_of(generator.next("job"))
         assert second == first + 1, seed
         assert first & ((1 << 80) - 1) == generator._random - 1, seed
+
+
+def test_many_at_once_are_as_those_made_one_by_one() -> None:
+    generator = IdGenerator()
+    generator._last, generator._pid = (time.time_ns() // 1_000_000) + 60_000, os.getpid()
+    generator._random = (1 << 20) - 7  # so that the count carries over from the digits that are written for each id
+    many, after = generator.next_many("job", 20), generator.next("job")
+    numbers = [number_of(job_id) for job_id in [*many, after]]
+    assert numbers == list(range(numbers[0], numbers[0] + 21))
+    assert number_of(after) & ((1 << 80) - 1) == generator._random
+    assert all(len(job_id) == 30 for job_id in many)
 
 
 def test_threads_never_get_the_same_id() -> None:

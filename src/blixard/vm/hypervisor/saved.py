@@ -23,14 +23,14 @@ from blixard.errors import StoreFull, StoreUnavailable
 from blixard.storage.locks import FileLock, is_free
 from blixard.vm.hypervisor.guest_memory import (
     Descriptors,
-    chunks_of,
+    copy_and_hash,
     create_memory,
     reopen,
     seal_memory,
     write_all,
 )
 
-FORMAT = 1
+FORMAT = 2
 MEMORY, STATE, MANIFEST = "memory", "state", "manifest.json"
 MAX_OPEN_TEMPLATES = 8
 """Templates whose memory is kept at hand: about 120 MB each for the default image. The least recently used goes first."""
@@ -53,7 +53,7 @@ class SavedManifest(msgspec.Struct, frozen=True, kw_only=True):
     format: int = FORMAT
     memory_mb: int
     memory_sha256: str
-    """Of the pieces that are not all zeros, each with its offset before it."""
+    """As ``copy_and_hash`` tells it."""
     state_sha256: str
 
 
@@ -148,7 +148,7 @@ def _load_memory(path: Path, manifest: SavedManifest) -> int:
             raise CorruptTemplate(f"its memory has {os.fstat(source).st_size} bytes, not {size}")
         with Descriptors() as made:
             memory = made.own(create_memory(MEMORY, size))
-            if _copy(source, memory) != manifest.memory_sha256:
+            if copy_and_hash(source, memory) != manifest.memory_sha256:
                 raise CorruptTemplate("its memory is not what was saved")
             seal_memory(memory)
             made.pop_all()
@@ -170,16 +170,6 @@ def keep_state(data: bytes) -> int:
         seal_memory(state)
         owned.pop_all()
     return state
-
-
-def _copy(source: int, target: int) -> str:
-    """Copy all that is not zero; return the checksum of what was copied."""
-    digest = hashlib.sha256()
-    for offset, chunk in chunks_of(source):
-        digest.update(offset.to_bytes(8, "little"))
-        digest.update(chunk)
-        write_all(target, offset, chunk)
-    return digest.hexdigest()
 
 
 def write_saved(directory: Path, memory: int, state: bytes) -> None:
@@ -215,7 +205,7 @@ def _write_files(directory: Path, memory: int, state: bytes) -> None:
     size = os.fstat(memory).st_size
     with (directory / MEMORY).open("wb") as file:
         os.ftruncate(file.fileno(), size)
-        checksum = _copy(memory, file.fileno())
+        checksum = copy_and_hash(memory, file.fileno())
         os.fsync(file.fileno())
     manifest = SavedManifest(
         memory_mb=size >> 20, memory_sha256=checksum, state_sha256=hashlib.sha256(state).hexdigest()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from blixard.vm.hypervisor.guest_memory import (
     CHUNK,
     Descriptors,
-    chunks_of,
+    copy_and_hash,
     copy_memory,
     create_memory,
     read_all,
@@ -31,17 +31,25 @@ def written(pieces: list[tuple[int, bytes]]) -> int:
 
 
 @given(PIECES)
-def test_chunks_are_all_that_is_not_zero_once_and_in_order(pieces: list[tuple[int, bytes]]) -> None:
+def test_the_checksum_is_of_the_content_however_it_came_to_be(pieces: list[tuple[int, bytes]]) -> None:
     with Descriptors() as owned:
-        memory = owned.own(written(pieces))
-        rebuilt = bytearray(SIZE)
-        offsets = []
-        for offset, chunk in chunks_of(memory):
-            rebuilt[offset : offset + len(chunk)] = chunk
-            offsets.append(offset)
-        assert rebuilt == read_all(memory, 0, SIZE)
-    assert offsets == sorted(set(offsets))
-    assert all(offset % CHUNK == 0 for offset in offsets)
+        memory, copy, again = (
+            owned.own(descriptor) for descriptor in (written(pieces), *(create_memory("x", SIZE) for _ in "ab"))
+        )
+        content = read_all(memory, 0, SIZE)
+        write_all(again, 0, content)
+        checksum = copy_and_hash(memory, copy)
+        assert read_all(copy, 0, SIZE) == content
+        assert copy_and_hash(again, copy) == checksum, "zeros that were written are as good as none"
+        write_all(again, SIZE // 2, bytes([content[SIZE // 2] ^ 1]))
+        assert copy_and_hash(again, owned.own(create_memory("x", SIZE))) != checksum
+
+
+def test_content_at_another_place_has_another_checksum() -> None:
+    with Descriptors() as owned:
+        first, second = owned.own(written([(0, b"x")])), owned.own(written([(CHUNK, b"x")]))
+        copies = [owned.own(create_memory("x", SIZE)) for _ in range(2)]
+        assert copy_and_hash(first, copies[0]) != copy_and_hash(second, copies[1])
 
 
 @given(PIECES)

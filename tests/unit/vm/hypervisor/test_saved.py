@@ -14,6 +14,7 @@ from blixard.errors import StoreFull, StoreUnavailable
 from blixard.storage.locks import FileLock
 from blixard.vm.hypervisor.guest_memory import CHUNK, Descriptors, create_memory, read_all, write_all
 from blixard.vm.hypervisor.saved import (
+    FORMAT,
     MANIFEST,
     MAX_OPEN_TEMPLATES,
     MAX_SAVED_TEMPLATES,
@@ -92,7 +93,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "manifest empty": lambda path: (path / MANIFEST).write_bytes(b""),
     "manifest of another kind": lambda path: (path / MANIFEST).write_bytes(b"[1]"),
     "manifest of another format": lambda path: (path / MANIFEST).write_bytes(
-        (path / MANIFEST).read_bytes().replace(b'"format":1', b'"format":2')
+        (path / MANIFEST).read_bytes().replace(f'"format":{FORMAT}'.encode(), b'"format":0')
     ),
     "manifest of no text": lambda path: (path / MANIFEST).write_bytes(b"\xff\xfe"),
 }

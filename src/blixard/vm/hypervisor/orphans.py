@@ -19,8 +19,12 @@ END_SECONDS = 10.0
 
 
 def end_orphans(directory: Path) -> int:
-    """Kill every process that holds a machine's lock below ``directory``; return how many there were when they have ended."""
-    wanted = {_identify(os.stat(path)) for path in directory.rglob(LOCK) if not is_free(path)}
+    """Kill every process that holds the lock of a directory in ``directory``; return how many there were when they have ended.
+
+    Not who holds ``directory``'s own, which is its manager.
+    """
+    locks = [path for path in directory.rglob(LOCK) if path.parent != directory]
+    wanted = {_identify(os.stat(path)) for path in locks if not is_free(path)}
     handles = _open_holders(wanted) if wanted else []
     for handle in handles:
         with contextlib.suppress(ProcessLookupError):

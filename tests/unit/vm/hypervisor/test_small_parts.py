@@ -66,18 +66,23 @@ def _write_and_close(descriptor: int, data: bytes) -> None:
 def test_an_orphan_is_known_by_its_lock_and_others_are_left_alone(tmp_path: Path) -> None:
     lock = FileLock.create(tmp_path / "vm-1" / LOCK)
     free = FileLock.create(tmp_path / "vm-2" / LOCK)
+    manager_lock = FileLock.create(tmp_path / LOCK)
     sleeper = [sys.executable, "-c", "import signal; signal.pause()"]
     with (
         subprocess.Popen(sleeper, pass_fds=[lock.fd]) as orphan,
         subprocess.Popen(sleeper) as stranger,
+        subprocess.Popen(sleeper, pass_fds=[manager_lock.fd]) as manager,
     ):
         lock.release()
+        manager_lock.release()
         free.release()
         assert not is_free(lock.path)
         assert end_orphans(tmp_path) == 1
         assert orphan.wait(60) == -signal.SIGKILL
         assert stranger.poll() is None
+        assert manager.poll() is None
         stranger.kill()
+        manager.kill()
     assert is_free(lock.path)
     assert end_orphans(tmp_path) == 0
     assert end_orphans(tmp_path / "nothing here") == 0

@@ -349,6 +349,10 @@ async def test_qemu_is_an_ordinary_user_that_sees_and_may_do_nothing(machines: M
     check_confinement(pid_of(await machines.clone()))
 
 
+def namespace(pid: int, kind: str) -> Path:
+    return Path(f"/proc/{pid}/ns/{kind}").readlink()
+
+
 def check_confinement(pid: int) -> None:
     status = dict(
         line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
@@ -362,7 +366,7 @@ def check_confinement(pid: int) -> None:
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"
     for space in ("net", "mnt", "pid", "ipc", "uts", "user"):
-        assert os.readlink(f"/proc/{pid}/ns/{space}") != os.readlink(f"/proc/self/ns/{space}"), space  # noqa: PTH115
+        assert namespace(pid, space) != namespace(os.getpid(), space), space
     root = Path(f"/proc/{pid}/root")
     assert {path.name for path in root.iterdir()} <= {"usr", "lib", "lib64", "lib32", "etc", "proc"}
     assert {path.name for path in (root / "etc").iterdir()} <= {"ld.so.cache"}
@@ -384,7 +388,7 @@ async def test_a_granted_network_gives_the_guest_a_card(machines: Machines, rig:
         await ready(machine)
         assert "eth0" in (await run(machine, "ls /sys/class/net")).split()
         pid = pid_of(machine)
-        assert os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net")  # noqa: PTH115
+        assert namespace(pid, "net") == namespace(os.getpid(), "net")
     finally:
         await machine.destroy()
 

@@ -83,15 +83,15 @@ class FakeMachine:
         return not self._running.is_set()
 
     async def open_agent(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        self._require()
+        self.check()
         return await asyncio.open_connection(sock=self._host.dup())
 
     async def pause(self) -> None:
-        self._require()
+        self.check()
         self._running.clear()
 
     async def resume(self) -> None:
-        self._require()
+        self.check()
         self._running.set()
 
     def private_memory(self) -> int:
@@ -138,7 +138,8 @@ class FakeMachine:
             if not self.is_gone:
                 raise
 
-    def _require(self) -> None:
+    def check(self) -> None:
+        """Raise ``MachineLost`` with its cause if it is gone."""
         if self._gone.done():
             raise MachineLost(f"machine {self.id}: {self._gone.result()}")
 
@@ -182,7 +183,7 @@ class FakeHypervisor:
         assert isinstance(machine, FakeMachine)
         try:
             self._fail("save")
-            machine._require()  # noqa: SLF001  the two are one double
+            machine.check()
             return self._write(machine, template)
         finally:
             await machine.destroy()
@@ -190,7 +191,7 @@ class FakeHypervisor:
     async def snapshot(self, machine: Machine, template: Path) -> Template:
         assert isinstance(machine, FakeMachine)
         self._check("snapshot", machine.shape)
-        machine._require()  # noqa: SLF001
+        machine.check()
         return self._write(machine, template)
 
     def template_path(self, shape: MachineShape, templates: Path) -> Path:

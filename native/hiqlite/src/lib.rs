@@ -5,6 +5,7 @@ mod bridge;
 mod codec;
 mod executor;
 mod failures;
+mod links;
 mod node;
 mod shared;
 mod values;

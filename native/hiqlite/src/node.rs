@@ -3,6 +3,7 @@
 use crate::bridge::{Delivery, spawn};
 use crate::codec::{Answer, Outcome, ReadRequest, WriteRequest};
 use crate::failures::Trouble;
+use crate::links::Links;
 use crate::shared::{self, Shared};
 use crate::values::{PyOperation, from_outcomes};
 use blixard_raft::{Client, Node, NodeConfig, RaftConfig, ServerTlsConfig, ServerTlsConfigCerts, Status};
@@ -22,6 +23,7 @@ const READ: &str = "SELECT blixard_read($1) AS answer";
 #[pyclass(frozen, name = "Node", module = "blixard_hiqlite")]
 pub struct PyNode {
     client: Client,
+    links: Arc<Links>,
     shared: Arc<Shared>,
     handle: Handle,
     runtime: Mutex<Option<Runtime>>,
@@ -111,12 +113,17 @@ pub fn start<'py>(py: Python<'py>, settings: Settings) -> PyResult<Bound<'py, Py
     let runtime = build_runtime().map_err(|error| Trouble::StartFailed(format!("no threads for the node: {error}")))?;
     let handle = runtime.handle().clone();
     spawn(py, &handle.clone(), async move {
+        let (own_id, secret, tls) = (settings.node_id, settings.secret_api.clone(), settings.tls.as_ref().map(|_| true));
         let patience = Duration::from_secs_f64(settings.start_seconds);
         let late = Trouble::StartFailed(format!("it did not become a member of the cluster within {patience:?}"));
         let started = timeout(patience, start_client(settings)).await.unwrap_or(Err(late));
         let delivery: Delivery = Box::new(move |py| {
             let built = match started {
-                Ok((client, shared)) => PyNode { client, shared, handle, runtime: Mutex::new(Some(runtime)) },
+                Ok((client, shared)) => {
+                    let links = Links::new(client.clone(), own_id, secret, tls);
+                    handle.spawn(Arc::clone(&links).watch());
+                    PyNode { client, links, shared, handle, runtime: Mutex::new(Some(runtime)) }
+                }
                 Err(trouble) => {
                     runtime.shutdown_background();
                     return Err(trouble.into());
@@ -178,8 +185,8 @@ impl PyNode {
         self.check_open()?;
         let operations = operations.iter().map(|operation| operation.get().inner.clone()).collect();
         let request = WriteRequest { origin: origin.to_vec(), number, base, operations };
-        let (client, patience) = (self.client.clone(), Duration::from_secs_f64(timeout));
-        spawn(py, &self.handle, async move { deliver_answer(send_write(client, request, patience).await) })
+        let (links, patience) = (Arc::clone(&self.links), Duration::from_secs_f64(timeout));
+        spawn(py, &self.handle, async move { deliver_answer(send_write(&links, request, patience).await) })
     }
 
     /// Read several statements from one state: `(commit, [rows | Failure, …])`.
@@ -197,10 +204,10 @@ impl PyNode {
         let statements = operations.iter().flat_map(|operation| operation.get().inner.statements.clone()).collect();
         let request = ReadRequest { least_commit, statements };
         let (client, patience) = (self.client.clone(), Duration::from_secs_f64(timeout));
-        let shared = Arc::clone(&self.shared);
+        let (links, shared) = (Arc::clone(&self.links), Arc::clone(&self.shared));
         spawn(py, &self.handle, async move {
             let read = if consistent {
-                read_at_leader(client, request, patience).await
+                read_at_leader(&links, request, patience).await
             } else {
                 read_here(client, request, shared, patience).await
             };
@@ -292,7 +299,8 @@ fn from_status(py: Python<'_>, status: Status) -> PyResult<Bound<'_, PyDict>> {
 }
 
 /// Send the entries of a request one after the other; the last one brings the answer. `patience` is for each.
-async fn send_write(client: Client, request: WriteRequest, patience: Duration) -> Result<Answer, Trouble> {
+async fn send_write(links: &Links, request: WriteRequest, patience: Duration) -> Result<Answer, Trouble> {
+    let client = links.for_write().await?;
     let mut answer = Err(Trouble::Refused("a request without entries".into()));
     for entry in request.entries() {
         let sent = blixard_raft::write(&client, APPLY, entry);
@@ -314,7 +322,8 @@ fn decode(answer: &[u8]) -> Result<Answer, Trouble> {
     }
 }
 
-async fn read_at_leader(client: Client, request: ReadRequest, patience: Duration) -> Result<Answer, Trouble> {
+async fn read_at_leader(links: &Links, request: ReadRequest, patience: Duration) -> Result<Answer, Trouble> {
+    let client = links.for_read().await?;
     let sent = blixard_raft::read_at_leader(&client, READ, request.encode());
     decode(&timeout(patience, sent).await.map_err(|_| Trouble::NoLeader("no answer in time".into()))??)
 }

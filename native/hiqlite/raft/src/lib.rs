@@ -39,6 +39,27 @@ fn no_answer() -> Error {
     Error::Sqlite("the statement returned no row".into())
 }
 
+/// Open a connection of its own to the API of one member. It is set up in the background of the runtime that polls this, reconnects as long as
+/// that runtime lives, and ends with it.
+pub fn link(address: String, secret: String, tls: bool, verify: bool) -> Boxed<'static, Client> {
+    Box::pin(Client::remote(vec![address], tls, !verify, secret, true, None))
+}
+
+/// Who leads, as far as this node knows: the term, and the leader's id and API address.
+pub fn leadership(client: &Client) -> Boxed<'_, (u64, Option<(u64, String)>)> {
+    Box::pin(async move {
+        let metrics = client.metrics_db().await?;
+        let address =
+            |id: u64| metrics.membership_config.nodes().find(|(member, _)| **member == id).map(|(_, node)| (id, node.addr_api.clone()));
+        Ok((metrics.current_term, metrics.current_leader.and_then(address)))
+    })
+}
+
+/// Whether writes through this client are carried out here, without any connection.
+pub fn writes_here(client: &Client) -> Boxed<'_, bool> {
+    Box::pin(async move { Ok(client.is_leader_db().await) })
+}
+
 pub fn shutdown(client: &Client) -> Boxed<'_, ()> {
     Box::pin(client.shutdown())
 }

@@ -25,12 +25,13 @@ from blixard.domain.requirements import Isolation, JobRequirements, VmMode
 from blixard.domain.spec import JobSpec
 from blixard.domain.vm import VmState
 from blixard.infrastructure import ProductionInfrastructureFactory
+from blixard.vm.hypervisor.confinement import child_of
 from blixard.vm.manager import VmManager
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(300)
 CACHE = Path.home() / ".cache/blixard/vm"
 MIB = 1 << 20
-DEADLINE = 300.0
+DEADLINE = 120.0
 HOLDER = """
 import asyncio, json, sys
 from blixard.config.settings import Settings
@@ -106,14 +107,16 @@ def machines_of(tmp_path: Path) -> list[int]:
     return found
 
 
-async def run_command(backend: MicroVmBackend, name: str, source: str, *, mode: VmMode) -> tuple[OutcomeKind, str]:
+async def run_command(
+    backend: MicroVmBackend, name: str, source: str, *, mode: VmMode, ears: Ears | None = None
+) -> tuple[OutcomeKind, str]:
     isolation = Isolation.STANDARD if mode is VmMode.SERVICE else Isolation.MAXIMUM
     spec = JobSpec(
         name=name,
         payload=CommandPayload(argv=("sh", "-c", source)),
         requirements=JobRequirements(isolation=isolation, vm_mode=mode),
     )
-    ears = Ears()
+    ears = ears or Ears()
     async with asyncio.timeout(DEADLINE):
         outcome = await backend.execute(Execution(ref=AttemptRef("default", name, 1), spec=spec), ears)
     return outcome.kind, ears.heard.decode()
@@ -142,9 +145,11 @@ async def test_fresh_machines_differ_and_a_service_machine_is_used_again(tmp_pat
 
 async def test_a_machine_whose_qemu_is_killed_fails_its_attempt_with_the_cause(tmp_path: Path) -> None:
     async with running(tmp_path) as (manager, backend):
-        job = asyncio.create_task(run_command(backend, "job_1", "echo begun; sleep 600", mode=VmMode.EPHEMERAL))
-        await until(lambda: bool(manager.list_vms(VmState.BUSY)))
-        before = children_of(os.getpid())
+        ears, source = Ears(), "echo begun; sleep 600"
+        job = asyncio.create_task(run_command(backend, "job_1", source, mode=VmMode.EPHEMERAL, ears=ears))
+        await until(lambda: b"begun" in ears.heard)  # before that a lost machine costs a job nothing but time
+        assert len(manager.list_vms(VmState.BUSY)) == 1
+        before = machines_below(os.getpid())
         for pid in before:
             os.kill(pid, signal.SIGKILL)
         assert before, "no fault was made"
@@ -154,9 +159,11 @@ async def test_a_machine_whose_qemu_is_killed_fails_its_attempt_with_the_cause(t
         assert (kind, said) == (OutcomeKind.COMPLETED, "again\n")
 
 
-def children_of(pid: int) -> list[int]:
+def machines_below(pid: int) -> list[int]:
+    """Return the QEMU of each bubblewrap that this process has started."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(word) for word in text.split() if b"bwrap" in Path(f"/proc/{word}/cmdline").read_bytes()]
+    bubblewraps = [int(word) for word in text.split() if b"bwrap" in Path(f"/proc/{word}/cmdline").read_bytes()]
+    return [machine for bubblewrap in bubblewraps if (machine := child_of(bubblewrap)) is not None]
 
 
 async def test_a_killed_manager_leaves_nothing_for_long(tmp_path: Path) -> None:
@@ -168,7 +175,7 @@ async def test_a_killed_manager_leaves_nothing_for_long(tmp_path: Path) -> None:
     line = (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).decode()
     assert re.fullmatch(r"vm_\w+ vm_\w+\n", line)
     (owner,) = (tmp_path / "vm/run").iterdir()
-    machines = children_of(process.pid)
+    machines = machines_below(process.pid)
     assert len(machines) == 2
     process.kill()
     await process.wait()

@@ -185,7 +185,7 @@ class Cluster:
         last = (await leader.status())["last_log"]
         for node in self.nodes:
             await _wait_applied(node, last)
-        return [await node.read(sql, name="list_ids") for node in self.nodes]
+        return [await node.read(sql, name="count_jobs") for node in self.nodes]
 
 
 async def _wait_applied(node: NodeProcess, last: int) -> None:

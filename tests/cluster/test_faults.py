@@ -180,7 +180,7 @@ async def test_a_minority_refuses_and_a_majority_goes_on(cluster: Cluster) -> No
     assert refused.value.code in {"store_unavailable", "outcome_unknown"}
     with pytest.raises(RemoteError, match="store_unavailable"):
         await first.read("SELECT count(*) FROM items")
-    assert await first.read("SELECT name FROM items", name="list_ids") == [["before"]]
+    assert await first.read("SELECT name FROM items", name="count_jobs") == [["before"]]
     await second.start()
     assert await first.write(ADD, name="together") == [["together"]]
     assert ["before"] in await second.read("SELECT name FROM items")

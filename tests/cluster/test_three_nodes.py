@@ -54,7 +54,7 @@ async def test_a_local_read_sees_what_its_own_node_has_acknowledged(cluster: Clu
         door = cluster.nodes[round_number % 3]
         name = f"own {round_number}"
         await door.write(ADD, name=name, size=round_number)
-        assert await door.ask("read", name="list_ids", sql=SIZE, params={"name": name}) == [[round_number]]
+        assert await door.ask("read", name="count_jobs", sql=SIZE, params={"name": name}) == [[round_number]]
 
 
 async def test_one_of_many_nodes_wins_a_unique_row_and_the_others_hear_of_the_constraint(cluster: Cluster) -> None:

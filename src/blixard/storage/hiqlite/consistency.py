@@ -16,7 +16,6 @@ LOCAL_READS = frozenset(
         "list_batch_ids",
         "list_batch_results",
         "list_events",
-        "list_ids",
         "list_ids_by_spec",
         "list_ids_by_state",
         "list_ids_of_batch",

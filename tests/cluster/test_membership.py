@@ -70,7 +70,7 @@ async def test_a_cluster_starts_with_all_that_a_single_machine_had(tmp_path: Pat
     nodes = [HiqliteDatabase(make_settings(number, members, tmp_path / f"node-{number}")) for number in (1, 2, 3)]
     try:
         await asyncio.gather(*(node.open() for node in nodes))
-        local = msgspec.structs.replace(COUNT_TOKENS, name="list_ids")
+        local = msgspec.structs.replace(COUNT_TOKENS, name="count_jobs")
         await nodes[2].write(Statement("use", "UPDATE tokens SET last_used_at = 5 WHERE id = 'token 000'"))
         for node in nodes:
             assert await node.read(COUNT_TOKENS) == [(TOKENS, "token 000", "token 999")]

@@ -327,6 +327,11 @@ impl<'a> Transaction<'a> {
                 continue;
             }
             match self.carry_out_one(operation) {
+                Ok(_) if self.connection.is_autocommit() => {
+                    let message = "a statement must not end the transaction".into();
+                    refused.insert(index, Failure { code: i64::from(ffi::SQLITE_ERROR), message });
+                    return Ok(None);
+                }
                 Ok(outcome) => outcomes.push(outcome),
                 Err(Stop::Failure(failure)) if self.connection.is_autocommit() => {
                     refused.insert(index, failure);

@@ -60,6 +60,10 @@ BROAD_EXCEPTS = {
     "blixard.storage.writer:_commit_batch": "answered to everybody whose operation was in the batch",
     "blixard.storage.writer:_run": "the edge of a thread: answered to all who wait",
     "blixard.worker.attempt_runner:_run": "the edge of a job: becomes its outcome",
+    "blixard.vm.coordinator:_run": "the edge of the VM layer: its machines are ended, and every call says why",
+    "blixard.vm.image_source:work": "the edge of a thread: whoever waits for the image gets what it met",
+    "blixard.vm.pool:_live": "the edge of one machine: told to the job that wanted it",
+    "blixard.vm.templates:_fill": "the edge of one template: those who wait for it get the error",
 }
 """``module:function`` -> why it may catch everything: the edge of a job, a request or a maintenance pass."""
 

@@ -410,7 +410,7 @@ async def test_under_random_faults_every_lease_ends_and_nothing_leaks(tmp_path: 
     async def job(rig: Rig, wanted: VmNeed) -> None:
         wish = asyncio.create_task(rig.manager.acquire(wanted))
         if chance.random() < 0.2:
-            await asyncio.sleep(chance.random() * 0.01)
+            await asyncio.sleep(chance.random() * 0.01)  # sleep: a job takes a random time
             wish.cancel()
             counts["given up"] += 1
         result = (await asyncio.gather(wish, return_exceptions=True))[0]
@@ -420,12 +420,12 @@ async def test_under_random_faults_every_lease_ends_and_nothing_leaks(tmp_path: 
         counts["jobs"] += 1
         if not result.lost.done():
             assert rig.manager.get_vm(result.id).namespace == wanted.namespace
-        await asyncio.sleep(chance.random() * 0.01)
+        await asyncio.sleep(chance.random() * 0.01)  # sleep: a job takes a random time
         await rig.manager.release(result, broken=result.lost.done())
 
     async def harm(rig: Rig) -> None:
         while True:
-            await asyncio.sleep(0.003)
+            await asyncio.sleep(0.003)  # sleep: faults come one after the other
             living = rig.hypervisor.living
             if living and chance.random() < 0.3:
                 chance.choice(living).end("killed for a test")
@@ -444,7 +444,7 @@ async def test_under_random_faults_every_lease_ends_and_nothing_leaks(tmp_path: 
         async with asyncio.timeout(DEADLINE), asyncio.TaskGroup() as group:
             for wanted in needs:
                 group.create_task(job(rig, wanted))
-                await asyncio.sleep(chance.random() * 0.004)
+                await asyncio.sleep(chance.random() * 0.004)  # sleep: jobs come at random times
         villain.cancel()
         await asyncio.gather(villain, return_exceptions=True)
         assert rig.manager.most_permits <= 4

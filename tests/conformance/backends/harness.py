@@ -39,6 +39,8 @@ class Capability(enum.StrEnum):
     """The guest can start further processes."""
     PROCESSES_SEEN = "processes_seen"
     """The host sees the guest's processes among its own."""
+    SHORT_JOBS = "short_jobs"
+    """Hundreds of jobs take seconds."""
     LIVE_GRANTS = "live_grants"
     """What is done to a granted path on the host while the job runs is seen by the job, and the other way round."""
     FUNCTION_STREAMS_ORDERED = "function_streams_ordered"

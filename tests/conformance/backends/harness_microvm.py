@@ -39,6 +39,8 @@ _UNSEEN = {
     Capability.PROCESSES_SEEN: "the host does not see a guest's processes: tests/vm/test_microvm_backend.py asks the guest",
     Capability.LIVE_GRANTS: "granted files are copied into the machine",
     Capability.WARM: "every job has a process of its own",
+    Capability.BULK: "nobody runs thousands of jobs a second in virtual machines",
+    Capability.SHORT_JOBS: "an emulated guest needs 0.1 s and more for each",
 }
 _SETTINGS = {"memory_mb": 160}
 """For machines of 256 MB."""

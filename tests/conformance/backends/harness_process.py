@@ -46,6 +46,7 @@ HARNESSES = [
                 Capability.PROCESSES,
                 Capability.PROCESSES_SEEN,
                 Capability.LIVE_GRANTS,
+                Capability.SHORT_JOBS,
                 Capability.MEMORY_LIMIT,
                 Capability.ENVIRONMENT_PATHS,
             }

@@ -31,6 +31,7 @@ HARNESSES = [
                 Capability.PROCESSES,
                 Capability.PROCESSES_SEEN,
                 Capability.LIVE_GRANTS,
+                Capability.SHORT_JOBS,
                 Capability.MEMORY_LIMIT,
                 Capability.ENVIRONMENT_PATHS,
                 Capability.FILES_PRIVATE,

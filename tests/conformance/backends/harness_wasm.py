@@ -34,7 +34,9 @@ def _make_harness(isolation: Isolation) -> BackendHarness:
         create=WasmBackend,
         program=python_in_wasm,
         isolation=isolation,
-        capabilities=frozenset({Capability.FILES_PRIVATE, Capability.MEMORY_LIMIT, Capability.LIVE_GRANTS}),
+        capabilities=frozenset(
+            {Capability.FILES_PRIVATE, Capability.MEMORY_LIMIT, Capability.LIVE_GRANTS, Capability.SHORT_JOBS}
+        ),
         lacks={
             Capability.FUNCTIONS: "Python functions are not a Wasm payload; exported functions have tests of their own",
             Capability.SIGNALS: "WASI has none: a guest is ended by the engine's epoch",

@@ -172,6 +172,7 @@ async def test_both_streams_of_a_function_keep_their_order(rig: Rig) -> None:
     assert heard.stdout == "".join(f"{i}\n" for i in range(50))
 
 
+@pytest.mark.requires(Capability.SHORT_JOBS)
 async def test_output_goes_to_the_job_that_wrote_it(rig: Rig) -> None:
     source = "import os, sys\ndef job(i):\n    print('python', i)\n    sys.stdout.flush()\n    os.write(1, b'native %d\\n' % i)\n    os.write(2, b'error %d\\n' % i)\n"
     jobs = [rig.begin(rig.function(source, i)) for i in range(150)]
@@ -190,6 +191,7 @@ async def test_much_native_output_of_a_function_does_not_stall(rig: Rig) -> None
     assert len(heard.data(Stream.STDOUT)) == 160 * 65536
 
 
+@pytest.mark.requires(Capability.SHORT_JOBS)
 async def test_many_jobs_all_come_back_with_their_own_result(rig: Rig) -> None:
     jobs = [rig.begin(rig.function("def job(i): return i * i\n", i)) for i in range(300)]
     for i, job in enumerate(jobs):
@@ -446,6 +448,7 @@ def open_descriptors() -> int:
     return psutil.Process().num_fds()
 
 
+@pytest.mark.requires(Capability.SHORT_JOBS)
 async def test_no_descriptor_is_left_after_many_jobs(rig: Rig) -> None:
     async def fifty() -> None:
         await asyncio.gather(*(rig.run(rig.function(ADD, i)) for i in range(50)))

@@ -7,14 +7,19 @@ import signal
 from collections.abc import Iterator
 from typing import TypeVar
 
+import msgspec
+
 from blixard.backends.contract import BackendSettings, Execution, ExecutionObserver, StopReason
 from blixard.backends.contract import Stream as OutputStream
 from blixard.backends.microvm.files import ReturnedFiles
 from blixard.backends.microvm.plan import JobPlan
 from blixard.backends.outcomes import now
+from blixard.backends.wasm.wire import RunReport, decode_report
 from blixard.domain.outcome import OutcomeKind
+from blixard.domain.payload import CommandPayload, WasmPayload
 from blixard.errors import MachineLost
 from blixard.vm.agent_link import Channel, GuestExit
+from blixard.vm.guest.orders import ANSWER_TAG, FAILURE_TAG, decode_failure, decode_python_answer
 from blixard.vm.guest.protocol import MAX_PACKET_BYTES, Malformed, PacketJoiner, Stream, packed
 from blixard.vm.lease import VmLease
 
@@ -25,8 +30,6 @@ SETUP_SECONDS = 120.0
 SLOWEST_BYTES_PER_SECOND = 1024 * 1024
 CAUSE_SECONDS = 2.0
 """A broken link is heard at once; what became of the machine a moment later."""
-MAX_PACKETS = 4
-"""From a job's runner; more is the job's own doing."""
 STDIN_CHUNK = 128 * 1024
 _T = TypeVar("_T")
 _STREAMS = {Stream.STDOUT: OutputStream.STDOUT, Stream.STDERR: OutputStream.STDERR}
@@ -145,9 +148,11 @@ class Run:
     def _take_packets(self, data: bytes) -> None:
         if self.is_broken:
             return
-        self.packets.extend(self._joiner.feed(data))
-        if len(self.packets) > MAX_PACKETS:
-            self.break_off()
+        for packet in self._joiner.feed(data):
+            self.packets.append(packet)
+            if len(self.packets) > 1 or not is_from_runner(self._execution, packet):
+                self.break_off()
+                return
 
     def break_off(self) -> None:
         """The job has got hold of its runner's channel: believe nothing more, and end it."""
@@ -225,6 +230,23 @@ class Run:
                 except OSError as error:
                     self.trouble_with_files = f"what the job wrote cannot be put where it was granted: {error}"
             self._channel.consumed(len(piece))
+
+
+def is_from_runner(execution: Execution, packet: bytes) -> bool:
+    """Say whether the packet is one that our code in the guest sends, or looks like it."""
+    payload = execution.spec.payload
+    try:
+        if packet[:1] == FAILURE_TAG:
+            decode_failure(packet[1:])
+            return True
+        if packet[:1] != ANSWER_TAG or isinstance(payload, CommandPayload):
+            return False
+        if isinstance(payload, WasmPayload):
+            return isinstance(decode_report(packet[1:]), RunReport)
+        decode_python_answer(packet[1:])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def _read(path: str) -> Iterator[bytes]:

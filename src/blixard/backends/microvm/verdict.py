@@ -49,12 +49,12 @@ def early(execution: Execution, run: Run) -> Outcome:
 
 
 def _outcome_of(execution: Execution, run: Run, end: GuestExit, settings: BackendSettings) -> Outcome:
+    if run.is_broken:
+        return refused("ChannelMisused", MISUSED)
     if run.ending is not None:
         return early(execution, run)
     if end.error is not None:
         return _of_guest_error(end.error)
-    if run.is_broken or len(run.packets) > 1:
-        return refused("ChannelMisused", MISUSED)
     if run.packets:
         try:
             return _of_packet(execution, run, end, settings, run.packets[0])

@@ -177,7 +177,7 @@ class Cluster:
                 found = [node for node in nodes if {node.node_id} == leaders]
                 if found:
                     return found[0]
-                await asyncio.sleep(0.05)  # an election has no event that could be waited for
+                await asyncio.sleep(0.05)  # sleep: an election has no event that could be waited for
 
     async def contents(self, sql: str) -> list[list[list[Any]]]:
         """Return the rows of a query as each node has them by itself, once all have applied what the leader's log holds."""
@@ -193,4 +193,4 @@ async def _wait_applied(node: NodeProcess, last: int) -> None:
         while True:
             if ((await node.status())["last_applied"] or 0) >= last:
                 return
-            await asyncio.sleep(0.05)  # applying has no event that another process could wait for
+            await asyncio.sleep(0.05)  # sleep: applying has no event that another process could wait for

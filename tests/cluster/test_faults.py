@@ -66,7 +66,7 @@ class Load:
                 self.acknowledged.add(name)
         except NodeGone:
             self.unknown += is_counter
-            await asyncio.sleep(0.1)  # the node is down: whoever killed it starts it again
+            await asyncio.sleep(0.1)  # sleep: the node is down until whoever killed it starts it again
         except RemoteError as error:
             assert error.code in {"outcome_unknown", "store_unavailable"}, error  # noqa: PT017 - codes of the two that may happen
             self.unknown += is_counter and error.code == "outcome_unknown"

@@ -50,6 +50,11 @@ def _explain_request(text: str) -> BlixardError | None:
         return InvalidRequest(f"these requirements exclude each other: {_last_words(text)}", field="requirements")
     if "No module named pip" in text:
         return no_pip()
+    if "need working fakechroot" in text:
+        return NotSupportedHere(
+            "this process may neither mount nor have a user namespace, and there is no fakechroot to do without",
+            hint="install Debian's fakechroot and fakeroot",
+        )
     return None
 
 

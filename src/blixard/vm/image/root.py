@@ -80,7 +80,7 @@ def build_root(
 def choose_mode(tools: Tools) -> str:
     """Return the way in which mmdebstrap gets a root directory here: as root, in a user namespace, or by pretending."""
     if os.geteuid() == 0:
-        return "root" if _works(tools, ["unshare", "--mount", "true"]) else "fakechroot"
+        return "root" if _works(tools, ["unshare", "--mount", "--propagation", "unchanged", "true"]) else "fakechroot"
     return "unshare" if _works(tools, ["unshare", "--user", "--map-auto", "--map-root-user", "true"]) else "fakechroot"
 
 

@@ -1,11 +1,11 @@
-"""hiqlite for Python: members of a cluster that replicates a SQLite database by Raft. See ``native/hiqlite``."""
+# hiqlite for Python: members of a cluster that replicates a SQLite database by Raft. See native/hiqlite.
 
 from asyncio import Future
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict, final
+from typing import TypeAlias, TypedDict, final
 
-_Value = str | int | float | bytes | None
-_Outcome = list[tuple[_Value, ...]] | list[int] | Failure
+_Value: TypeAlias = str | int | float | bytes | None
+_Outcome: TypeAlias = list[tuple[_Value, ...]] | list[int] | Failure
 
 ENGINE_VERSION: str
 FORMAT_VERSION: int

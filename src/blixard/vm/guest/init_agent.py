@@ -10,7 +10,7 @@ import sys
 sys.path[1:1] = ["/opt/blixard/site-packages"]
 
 import runpy  # noqa: E402  the path comes first
-import site  # noqa: E402
+import site  # noqa: E402  the path comes first
 
 for directory in (*glob.glob("/usr/local/lib/python3.*/dist-packages"), "/usr/lib/python3/dist-packages"):
     site.addsitedir(directory)

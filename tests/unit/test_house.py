@@ -59,6 +59,8 @@ BROAD_EXCEPTS = {
     "blixard.storage.writer:_apply_all": "answered to the owner of the operation, so that one bad row fails only its owner",
     "blixard.storage.writer:_commit_batch": "answered to everybody whose operation was in the batch",
     "blixard.storage.writer:_run": "the edge of a thread: answered to all who wait",
+    "blixard.vm.guest.runner:become_runner": "the edge of a job: its stderr shows the traceback, the exit code tells",
+    "blixard.worker.attempt_runner:begin": "the edge of a job: becomes its outcome",
     "blixard.worker.attempt_runner:_run": "the edge of a job: becomes its outcome",
     "blixard.vm.coordinator:_run": "the edge of the VM layer: its machines are ended, and every call says why",
     "blixard.vm.image_source:work": "the edge of a thread: whoever waits for the image gets what it met",

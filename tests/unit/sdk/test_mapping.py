@@ -314,7 +314,7 @@ class Endless(FakeClient):
     async def batch_results(
         self, batch_id: str, *, after: int = 0, limit: int = 1000, wait: float = 0.0
     ) -> BatchResults:
-        await asyncio.sleep(min(wait, 0.05))
+        await asyncio.sleep(min(wait, 0.05))  # sleep: what a server that has nothing to tell does
         return BatchResults(results=[], position=after, done=False)
 
     async def wait(self, ids: Sequence[str], *, wait: float) -> WaitReply:

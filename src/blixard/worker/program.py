@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import gc
 import logging
 import os
 import signal
@@ -36,8 +35,6 @@ SOCKET_URL = "http://blixard"
 EXIT_OK, EXIT_BROKEN, EXIT_MISUSED = 0, 125, 2
 _PR_SET_PDEATHSIG = 1
 _MAX_CONFIG_BYTES = 1 << 20
-_GC_THRESHOLDS = (20_000, 20, 50)
-"""Python's own (700, 10, 10) are for small heaps: with a thousand leases in hand the collector took an eighth of the processor."""
 
 
 class WorkerProgramConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -82,19 +79,12 @@ def run_worker(config: WorkerProgramConfig) -> int:
     _configure_logging(config, settings)
 
     factory = ProductionInfrastructureFactory(settings)
-    _collect_seldom()
     try:
         _run_loop(config, factory)
     except BlixardError as error:
         sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         return EXIT_MISUSED if isinstance(error, CallerError) else EXIT_BROKEN
     return EXIT_OK
-
-
-def _collect_seldom() -> None:
-    gc.collect()
-    gc.freeze()  # modules and classes stay as long as the process: nobody needs to look at them again
-    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def _configure_logging(config: WorkerProgramConfig, settings: Settings) -> None:

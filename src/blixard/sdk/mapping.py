@@ -83,9 +83,8 @@ class BatchMap:
         request = OpenBatchRequest(
             name=spec.name, identity=identity, total=len(self._arguments), fresh=not self._resume
         )
-        # A repeated fresh start would be a second one.
-        opening = insist(lambda: client.open_batch(request)) if self._resume else client.open_batch(request)
-        self._batch = await opening
+        # A fresh start that arrived twice would be two.
+        self._batch = await insist(partial(client.open_batch, request), repeatable=self._resume)
 
     async def work(self, client: AsyncClient) -> None:
         try:

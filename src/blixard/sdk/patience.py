@@ -39,9 +39,16 @@ class Patience:
         self._was_reached = False
 
     async def insist(
-        self, call: Callable[[], Awaitable[R]], deadline: Deadline | None = None, *, proves_contact: bool = True
+        self,
+        call: Callable[[], Awaitable[R]],
+        deadline: Deadline | None = None,
+        *,
+        proves_contact: bool = True,
+        repeatable: bool = True,
     ) -> R:
-        """Return what ``call`` returns, calling it again while the server is away: it must be harmless to repeat.
+        """Return what ``call`` returns, calling it again while the server is away.
+
+        What is not ``repeatable`` without harm is only called again if it cannot have arrived.
 
         Raises ``ServerUnreachable`` or ``OutcomeUnknown`` after ``GIVE_UP_SECONDS`` or the deadline, and at once if the
         server has never answered. ``proves_contact``: the call asks the server in any case.
@@ -51,7 +58,9 @@ class Patience:
         while True:
             try:
                 reply = await call()
-            except (ServerUnreachable, OutcomeUnknown):
+            except (ServerUnreachable, OutcomeUnknown) as error:
+                if not repeatable and isinstance(error, OutcomeUnknown):
+                    raise
                 lost_at = time.monotonic() if lost_at is None else lost_at
                 is_hopeless = not self._was_reached or time.monotonic() - lost_at >= self._give_up
                 if is_hopeless or (deadline is not None and deadline.is_over()):

@@ -4,12 +4,15 @@ import asyncio
 import inspect
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 import blixard
 from blixard import App, JobFailed
+from blixard.client.blocking import Client
 from blixard.domain.state_machine import JobState
 from blixard.errors import ConfigError, InvalidRequest, InvalidTransition, JobNotFound
 from tests.unit.cli.fake_client import FakeClient
@@ -58,6 +61,24 @@ def test_a_pending_job_can_be_cancelled_and_retried(app: App, client: FakeClient
     assert handle.result() == 2
     with pytest.raises(InvalidTransition):
         handle.retry()
+
+
+def test_first_calls_of_many_threads_open_one_client(store: Store) -> None:
+    opened: list[FakeClient] = []
+
+    class Slow(FakeClient):
+        async def __aenter__(self) -> Self:
+            opened.append(self)
+            await asyncio.sleep(0)  # sleep: lets the other first calls in
+            return self
+
+    with Client(lambda: Slow(store, store.run)) as client:
+        client.close()
+        opened.clear()
+        add = App("shop", client=client).job(jobs.add)
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda number: add.submit(number).result(), range(32))) == list(range(1, 33))
+    assert len(opened) == 1
 
 
 def test_an_unknown_id_is_told(app: App) -> None:

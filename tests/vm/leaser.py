@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from blixard.domain.requirements import VmMode
 from blixard.errors import MachineLost
 from blixard.vm.agent_link import AgentLink, connect, fresh_identity
@@ -62,6 +64,7 @@ class DirectLeaser:
             self.directory = Path(tempfile.mkdtemp(prefix="vms-"))
 
     async def acquire(self, need: VmNeed) -> VmLease:
+        need = msgspec.structs.replace(need, job_id="")
         for lease in self.idle:
             if lease.need == need and not lease.lost.done():
                 self.idle.remove(lease)

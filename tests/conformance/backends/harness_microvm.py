@@ -40,7 +40,7 @@ _UNSEEN = {
     Capability.LIVE_GRANTS: "granted files are copied into the machine",
     Capability.WARM: "every job has a process of its own",
     Capability.BULK: "nobody runs thousands of jobs a second in virtual machines",
-    Capability.SHORT_JOBS: "an emulated guest needs 0.1 s and more for each",
+    Capability.SHORT_JOBS: "hundreds of jobs take a minute under emulation, and pass",
 }
 _SETTINGS = {"memory_mb": 160}
 """For machines of 256 MB."""

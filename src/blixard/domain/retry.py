@@ -42,3 +42,9 @@ def check_retry_policy(policy: RetryPolicy) -> None:
     ):
         if not low <= value <= high:
             raise InvalidRequest(f"{field} is {value:g}; {low:g} to {high:g} is allowed", field=f"retry.{field}")
+    if policy.delay > policy.max_delay:
+        raise InvalidRequest(
+            f"delay is {policy.delay:g} s, more than max_delay, {policy.max_delay:g} s",
+            field="retry.delay",
+            hint="raise max_delay as well",
+        )

@@ -223,6 +223,7 @@ BAD_SPECS = [
     (make_spec(retry=RetryPolicy(retries=-1)), "retry.retries"),
     (make_spec(retry=RetryPolicy(retries=1001)), "retry.retries"),
     (make_spec(retry=RetryPolicy(factor=0.5)), "retry.factor"),
+    (make_spec(retry=RetryPolicy(delay=600)), "retry.delay"),
     (make_spec(requirements=JobRequirements(cpus=0)), "requirements.cpus"),
     (make_spec(requirements=JobRequirements(memory_mb=-5)), "requirements.memory_mb"),
     (make_spec(requirements=JobRequirements(worker_types=(WorkerType.WASM,))), "requirements.worker_types"),

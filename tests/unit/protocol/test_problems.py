@@ -29,6 +29,7 @@ ARGUMENTS: dict[str, Any] = {
     "batch_id": "map_1",
     "digest": "0" * 64,
     "image": "data-science",
+    "reason": "it is damaged",
     "vm": "vm_1",
     "token_id": "token_1",
 }

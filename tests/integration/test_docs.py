@@ -151,13 +151,15 @@ class Shell:
     def close(self) -> None:
         for process in reversed(self._background):
             process.send_signal(signal.SIGTERM)
+        codes = []
         for process in reversed(self._background):
             try:
-                assert process.wait(DEADLINE) == 0, self._background_log()
+                codes.append(process.wait(DEADLINE))
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
+        assert not any(codes), f"{codes}\n{self._background_log()}"
 
 
 @pytest.mark.timeout(300)

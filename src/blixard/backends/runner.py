@@ -205,7 +205,8 @@ class Runner:
             # Looked at first: the output of every call that is noted now lies in the channel already.
             newest = 0 if self._pipeline is None else self._pipeline.look()
             self.read_answers()
-            self._take_noted(newest + 1)
+            if not self.is_broken:
+                self._take_noted(newest + 1)
         except (InvalidPacket, msgspec.DecodeError, IndexError):
             self._break()
 

@@ -21,7 +21,7 @@ from blixard.sdk.app import App
 from blixard.services.control_plane import ControlPlane, ControlPlaneConfig, build_control_plane
 from blixard.storage.logs import LocalLogStore
 from blixard.testing.clock import FakeClock
-from blixard.testing.inline_run import run_call
+from blixard.testing.inline_run import Variables, run_call
 from blixard.testing.inline_worker import InlineCall, InlineEnding, InlineWorker
 from blixard.testing.storage import memory_blob_store, memory_database
 from blixard.testing.submissions import Submissions
@@ -118,6 +118,7 @@ class InlineClient(Client):
         )
         self._worker = InlineWorker(self._plane, submissions.clock) if is_run else None
         self._bell = Bell()
+        self._variables = Variables()
         super().__init__(lambda: InlinePlane(self._plane, submissions, self._worker, self._bell))
 
     async def call_async(self, work: Callable[[AsyncClient], Coroutine[None, None, R]]) -> R:
@@ -157,7 +158,7 @@ class InlineClient(Client):
             call = self.begin(partial(self._next_call, self._worker, ending)).result()
             if call is None:
                 return
-            ending = run_call(call)
+            ending = run_call(call, self._variables)
 
     async def _next_call(
         self, worker: InlineWorker, ending: InlineEnding | None, client: AsyncClient

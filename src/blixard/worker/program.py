@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,8 +70,11 @@ def main() -> int:
     return run_worker(config)
 
 
-def run_worker(config: WorkerProgramConfig) -> int:
-    """Work until stopped, and return the exit code. What went wrong stands on standard error."""
+def run_worker(config: WorkerProgramConfig, announce: Callable[[], None] = lambda: None) -> int:
+    """Work until stopped, and return the exit code. What went wrong stands on standard error.
+
+    ``announce`` is called once signals stop it in an orderly way.
+    """
     from blixard.config.settings import Settings
     from blixard.infrastructure import ProductionInfrastructureFactory
 
@@ -80,7 +83,7 @@ def run_worker(config: WorkerProgramConfig) -> int:
 
     factory = ProductionInfrastructureFactory(settings)
     try:
-        _run_loop(config, factory)
+        _run_loop(config, factory, announce)
     except BlixardError as error:
         sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         return EXIT_MISUSED if isinstance(error, CallerError) else EXIT_BROKEN
@@ -96,18 +99,21 @@ def _configure_logging(config: WorkerProgramConfig, settings: Settings) -> None:
     configure_logging(settings.log.level, settings.log.format)
 
 
-def _run_loop(config: WorkerProgramConfig, factory: InfrastructureFactory) -> None:
+def _run_loop(config: WorkerProgramConfig, factory: InfrastructureFactory, announce: Callable[[], None]) -> None:
     with contextlib.suppress(KeyboardInterrupt):
-        uvloop.run(work(config, factory))
+        uvloop.run(work(config, factory, announce))
 
 
-async def work(config: WorkerProgramConfig, factory: InfrastructureFactory) -> None:
+async def work(
+    config: WorkerProgramConfig, factory: InfrastructureFactory, announce: Callable[[], None] = lambda: None
+) -> None:
     """Be the worker that ``config`` describes, until a signal or the parent's end stops it."""
     async with _gateway(config, factory) as gateway:
         home = factory.create_home(is_local=not config.server)
         try:
             worker = factory.create_worker(gateway, home, worker_types=config.worker_types, submitter=config.submitter)
             with _stopped_by_signals(worker), _stopped_by_parent(worker, config):
+                announce()
                 await worker.run()
         finally:
             home.remove()

@@ -43,7 +43,7 @@ from blixard.vm.messages import (
     VmStateChanged,
     VmUnhealthy,
 )
-from blixard.vm.policy import RoutingRules, VmShape
+from blixard.vm.policy import RoutingRules, VmShape, shape_of
 from blixard.vm.router import VmRouter
 
 MAX_VMS, MEMORY_MB = 4, 2048
@@ -84,6 +84,8 @@ class RouterMachine(RuleBasedStateMachine):
         """Tickets without an answer."""
         self.leases: dict[str, str] = {}
         self.callers: set[str] = set()
+        self.broken: set[VmShape] = set()
+        """Shapes of which no machine may be started, or only one on trial: jobs wait for those that run."""
 
     # What follows from a message, as the pool and the callers would see it
 
@@ -240,6 +242,10 @@ class RouterMachine(RuleBasedStateMachine):
             CircuitBreakerHalfOpened(shape=shape),
             CircuitBreakerClosed(shape=shape),
         )
+        if state == 0:
+            self.broken.add(shape)
+        elif state == 2:
+            self.broken.discard(shape)
         self.send(messages[state])
 
     # What holds always
@@ -261,7 +267,9 @@ class RouterMachine(RuleBasedStateMachine):
     def nobody_waits_without_a_cause(self) -> None:
         """A job that waits has a machine on its way, or there is no room and nothing idle that could make some."""
         promised = {vm.holder for vm in self.router.books()}
-        unserved = [ticket for ticket in self.open if ticket not in promised]
+        unserved = [
+            ticket for ticket in self.open if ticket not in promised and shape_of(self.needs[ticket]) not in self.broken
+        ]
         if not unserved:
             return
         idle = [

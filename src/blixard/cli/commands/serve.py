@@ -130,6 +130,9 @@ def _work(invocation: Invocation) -> int:
     else:
         config = program_config(settings)
         where = str(data_dir)
-    if not invocation.quiet:
-        note(f"working for {where}; Ctrl-C stops")
-    return run_worker(config)
+
+    def announce() -> None:
+        if not invocation.quiet:
+            note(f"working for {where}; Ctrl-C stops")
+
+    return run_worker(config, announce)

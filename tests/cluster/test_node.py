@@ -112,7 +112,8 @@ async def test_a_node_that_is_ended_leaves_nobody_waiting(node: Node) -> None:
     async with asyncio.timeout(SECONDS):
         with pytest.raises(blixard_hiqlite.Closed):
             await change
-        with pytest.raises(blixard_hiqlite.Closed):
+        # The end may also have met it while it was with the engine, which says only that nobody knows.
+        with pytest.raises((blixard_hiqlite.Closed, blixard_hiqlite.OutcomeUnknown)):
             await read
     with pytest.raises(blixard_hiqlite.Closed):
         node.next_change(0)

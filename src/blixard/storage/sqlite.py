@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -21,6 +21,7 @@ from blixard.storage.migrator import load_migrations, migrate
 from blixard.storage.reader import ReaderPool
 from blixard.storage.sqlite_errors import translate_error
 from blixard.storage.turnstile import Turnstile
+from blixard.storage.watch import Watch
 from blixard.storage.writer import GroupCommitWriter
 
 MEMORY = ":memory:"
@@ -214,32 +215,6 @@ class SqliteDatabase:
         if self._turnstile is not None:
             self._turnstile.close()
             self._turnstile = None
-
-
-class Watch(AsyncIterator[None]):
-    """Yields after changes; several that happen between two yields are one. Dropping it, or ``aclose``, ends the watching."""
-
-    def __init__(self, forget: Callable[[Watch], None]) -> None:
-        self._forget = forget
-        self._bell = asyncio.Event()
-        self._ended = False
-
-    def ring(self) -> None:
-        self._bell.set()
-
-    def end(self) -> None:
-        self._ended = True
-        self._bell.set()
-
-    async def __anext__(self) -> None:
-        await self._bell.wait()
-        if self._ended:
-            raise StoreUnavailable("the database was closed while it was watched")
-        self._bell.clear()
-
-    async def aclose(self) -> None:
-        """Stop watching. Calling it twice is harmless."""
-        self._forget(self)
 
 
 def _prepare_file(path: Path) -> None:

@@ -6,12 +6,12 @@ A power cut soon after a good end would find neither that file nor all of the da
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from pathlib import Path
 
 from blixard.errors import StoreUnavailable
+from blixard.storage.locks import is_free
 
 _STATE = "state_machine"
 _LOCKS = ("logs/lock.hql", f"{_STATE}/lock")
@@ -41,7 +41,7 @@ class CrashMark:
 
     def _wait_free(self) -> None:
         deadline = time.monotonic() + FREE_SECONDS
-        while taken := next((name for name in _LOCKS if _is_locked(self._data_dir / name)), None):
+        while taken := next((name for name in _LOCKS if not is_free(self._data_dir / name)), None):
             if time.monotonic() > deadline:
                 raise StoreUnavailable(
                     f"another process uses {self._data_dir}: it holds {taken}", hint="a data directory is for one node"
@@ -53,20 +53,6 @@ class CrashMark:
         sync_tree(self._state)
         self._mark.unlink(missing_ok=True)
         _sync(self._mark.parent)
-
-
-def _is_locked(file: Path) -> bool:
-    try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def sync_tree(directory: Path) -> None:

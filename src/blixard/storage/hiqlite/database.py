@@ -22,8 +22,9 @@ from blixard.storage.hiqlite.membership import remove_member
 from blixard.storage.hiqlite.operations import Outcome, build_statement, build_transaction, name_transaction
 from blixard.storage.hiqlite.schema import migrate
 from blixard.storage.hiqlite.settings import LOG_FILE_BYTES, NodeSettings, check_settings
-from blixard.storage.hiqlite.watching import Watch, Watches
+from blixard.storage.hiqlite.watching import Watches
 from blixard.storage.migrator import load_migrations
+from blixard.storage.watch import Watch
 
 if TYPE_CHECKING:
     from blixard_hiqlite import Settings, Status

@@ -4,37 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator
 
 import blixard_hiqlite
 from blixard_hiqlite import Node
 
-from blixard.errors import StoreUnavailable
-
-
-class Watch(AsyncIterator[None]):
-    """Yields after changes; several that happen between two yields are one. Dropping it, or ``aclose``, ends the watching."""
-
-    def __init__(self) -> None:
-        self._bell = asyncio.Event()
-        self._ended = False
-
-    def ring(self) -> None:
-        self._bell.set()
-
-    def end(self) -> None:
-        self._ended = True
-        self._bell.set()
-
-    async def __anext__(self) -> None:
-        await self._bell.wait()
-        if self._ended:
-            raise StoreUnavailable("the database was closed while it was watched")
-        self._bell.clear()
-
-    async def aclose(self) -> None:
-        """Stop watching. Calling it twice is harmless."""
-        self.end()
+from blixard.storage.watch import Watch
 
 
 class Watches:
@@ -58,7 +32,7 @@ class Watches:
             await asyncio.wait([self._task])
 
     def add(self) -> Watch:
-        watch = Watch()
+        watch = Watch(Watch.end)
         self._watches.add(watch)
         return watch
 

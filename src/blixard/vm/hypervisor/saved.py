@@ -29,6 +29,7 @@ from blixard.vm.hypervisor.guest_memory import (
     seal_memory,
     write_all,
 )
+from blixard.vm.image.manifest import sync
 
 FORMAT = 2
 MEMORY, STATE, MANIFEST = "memory", "state", "manifest.json"
@@ -215,7 +216,7 @@ def _write_files(directory: Path, memory: int, state: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    _sync_directory(directory)
+    sync(directory)
 
 
 def _put_in_place(hidden: Path, directory: Path) -> None:
@@ -226,15 +227,7 @@ def _put_in_place(hidden: Path, directory: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         hidden.rename(directory)
-    _sync_directory(directory.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(directory.parent)
 
 
 def _refuse(directory: Path, error: OSError) -> NoReturn:

@@ -152,7 +152,7 @@ from blixard.vm.hypervisor.guest_memory import create_memory, write_all
 memory = create_memory("test", 8 << 20)
 write_all(memory, 0, b"x")
 if sys.argv[2] == "hang":
-    saved._sync_directory = lambda path: (print("writing", flush=True), sys.stdin.read())
+    saved.sync = lambda path: (print("writing", flush=True), sys.stdin.read())
 try:
     saved.write_saved(Path(sys.argv[1]), memory, b"x" * 4_000_000)
 except saved.StoreFull as error:
